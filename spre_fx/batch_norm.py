@@ -1,0 +1,65 @@
+"""Batch norms: which kinds are known, their statistics, and the one a SpRe branch gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from spre_fx.fold import BatchNormStatistics
+
+_KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether `module` computes a batch norm and nothing else."""
+    return type(module) in _KINDS or is_frozen_batch_norm(module)
+
+
+def is_frozen_batch_norm(module: nn.Module) -> bool:
+    """Whether `module` is a FrozenBatchNorm2d, torchvision's or one written alike.
+
+    Known by its name and buffers, since importing torchvision costs more than all of this library.
+    """
+    return type(module).__name__ == "FrozenBatchNorm2d" and {
+        "weight",
+        "bias",
+        "running_mean",
+        "running_var",
+    } <= set(module._buffers)
+
+
+def statistics(bn: Any) -> BatchNormStatistics:
+    """What `bn` computes in evaluation, as tensors of shape `(C_out,)` and eps."""
+    return BatchNormStatistics(
+        mean=bn.running_mean, var=bn.running_var, eps=bn.eps, gamma=bn.weight, beta=bn.bias
+    )
+
+
+def new_spre_batch_norm(bn: Any, gamma: float) -> nn.Module:
+    """The batch norm of a SpRe branch: configured as the main one, new, with gamma set.
+
+    A frozen batch norm gets a trainable `nn.BatchNorm2d`. One without affine parameters gets them
+    when gamma must differ from 1, which it could not hold otherwise.
+
+    Args:
+        bn: The main branch's batch norm.
+        gamma: Starting value of its weight.
+    """
+    frozen = is_frozen_batch_norm(bn)
+    options = {
+        "num_features": bn.running_mean.numel(),
+        "eps": bn.eps,
+        "device": bn.running_mean.device,
+        "dtype": bn.running_mean.dtype,
+    }
+    if not frozen:
+        options |= {"momentum": bn.momentum, "affine": bn.affine or gamma != 1.0}
+    if isinstance(bn, nn.SyncBatchNorm):
+        options["process_group"] = bn.process_group
+    new: nn.Module = (nn.BatchNorm2d if frozen else type(bn))(**options)
+    if isinstance(new.weight, nn.Parameter):
+        with torch.no_grad():
+            new.weight.fill_(gamma)
+    return new.train(bn.training or frozen)

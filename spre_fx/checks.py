@@ -1,0 +1,71 @@
+"""What a model must be before `prepare` or `finalize` will touch it."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from spre_fx.errors import ModelError
+from spre_fx.modules import NMLayer
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what cannot be traced, copied or masked.
+
+    Raises:
+        ModelError: Naming the module or tensor, what was found and what to do.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected an nn.Module, found {type(model).__name__}.")
+    for name, module in model.named_modules():
+        _check_module(name or type(model).__name__, module)
+    check_tensors(model)
+
+
+def _check_module(name: str, module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(
+            f"{name}: expected a Python module, found a compiled {type(module).__name__}. Prepare "
+            "the model before torch.jit compiles it."
+        )
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        raise ModelError(
+            f"{name}: expected initialised weights, found an uninitialised "
+            f"{type(module).__name__}. Run one forward first."
+        )
+    if ".quantized" in type(module).__module__:
+        raise ModelError(
+            f"{name}: expected floating-point layers, found the quantised {type(module).__name__}. "
+            "Prepare and train the float model, finalize it, and quantise the deployed one."
+        )
+
+
+def check_tensors(model: nn.Module) -> None:
+    """Refuse parameters and buffers without values, or with values that are not finite.
+
+    Raises:
+        ModelError: Naming the tensor.
+    """
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.device.type == "meta":
+            raise ModelError(
+                f"{name}: expected values, found a tensor on the meta device. Load the weights "
+                "first (model.to_empty(device=...), then load_state_dict)."
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(
+                f"{name}: expected finite values, found {_not_finite(tensor)}. Go back to a "
+                "checkpoint from before the training diverged."
+            )
+
+
+def _not_finite(tensor: torch.Tensor) -> str:
+    return f"{int(tensor.isnan().sum())} NaN and {int(tensor.isinf().sum())} infinite values"
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether `model` carries N:M layers in training."""
+    return any(isinstance(module, NMLayer) for module in model.modules())

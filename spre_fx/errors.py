@@ -1,0 +1,33 @@
+"""The errors of this library.
+
+Each message names the layer, what was expected, what was found and what to do next. No call that
+raises one has changed the model it was given.
+"""
+
+
+class SpreError(Exception):
+    """Base class of every error this library raises on purpose."""
+
+
+class PatternError(SpreError, ValueError):
+    """An N:M pattern that is not one, or a tensor that cannot hold it."""
+
+
+class OptionError(SpreError, ValueError):
+    """An option with a value that makes no sense, such as a glob that matches no layer."""
+
+
+class ModelError(SpreError, ValueError):
+    """A model that cannot be taken as it is: quantised, on the meta device, prepared twice, ..."""
+
+
+class TraceError(ModelError):
+    """A model whose forward `torch.fx` cannot follow."""
+
+
+class InvariantError(SpreError, RuntimeError):
+    """A pass found, or left, a graph that breaks a rule. A bug of ours or of a custom pass."""
+
+
+class VerificationError(SpreError, RuntimeError):
+    """A folded layer that breaks its N:M pattern or differs from the branches it was made of."""

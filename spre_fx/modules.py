@@ -1,0 +1,236 @@
+"""The modules a training graph is made of.
+
+Each owns the weight it masks and makes the mask while it runs, so that sharded weights (FSDP2) are
+whole at that moment. The masks leave as values of the graph, where the SpRe branch takes them up.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from spre_fx import masks
+from spre_fx.methods import MaskMethod
+from spre_fx.patterns import Pattern
+from spre_fx.scheduled_mask import ScheduledMask
+from spre_fx.schedules import Schedule
+
+
+class MaskSchedule(nn.Module):
+    """Counts training forwards and says, once per forward, whether masks are recomputed in it.
+
+    Args:
+        schedule: When to recompute.
+    """
+
+    step: Tensor
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def forward(self) -> Tensor:
+        """A bool tensor of shape (): whether this is an update step. Never in evaluation."""
+        if not self.training:
+            return self.step < 0
+        if _inside_backward():  # activation checkpointing runs this step's forward once more
+            return self.schedule.is_update(self.step - 1)
+        update = self.schedule.is_update(self.step)
+        self.step.add_(1)
+        return update
+
+    def extra_repr(self) -> str:
+        """The schedule."""
+        return repr(self.schedule)
+
+
+def _inside_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class NMLayer(nn.Module):
+    """Mixin of a conv or linear whose weight is N:M sparse: y = layer(x; B * W).
+
+    Its parameters keep the names they had, so a dense checkpoint loads into it.
+    """
+
+    weight: Tensor
+    pattern: Pattern
+    method: MaskMethod
+    nm_mask: ScheduledMask
+    live_taps: ScheduledMask | None
+
+    def masked_weight(self, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """B * W with the gradient of the mask method, and B."""
+        mask: Tensor = self.nm_mask(self.weight, update)
+        return self.method.masked(self.weight, mask), mask
+
+    def extra_repr(self) -> str:
+        """The layer's own, the pattern and the method."""
+        return f"{super().extra_repr()}, pattern={self.pattern}, method={self.method}"
+
+
+class _ConvForward:
+    """What the mixins below take from the conv they are mixed into."""
+
+    bias: Tensor | None
+
+    if TYPE_CHECKING:
+
+        def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
+
+class _NMConv(NMLayer, _ConvForward):
+    def forward(self, x: Tensor, update: Tensor | None = None) -> Any:
+        """`y`, or `(y, B, live taps)` where a SpRe branch takes the masks up."""
+        weight, mask = self.masked_weight(update)
+        y = self._conv_forward(x, weight, self.bias)
+        return y if self.live_taps is None else (y, mask, self.live_taps(self.weight, update))
+
+
+class NMConv1d(_NMConv, nn.Conv1d):
+    """N:M sparse `nn.Conv1d`."""
+
+
+class NMConv2d(_NMConv, nn.Conv2d):
+    """N:M sparse `nn.Conv2d`."""
+
+
+class NMConv3d(_NMConv, nn.Conv3d):
+    """N:M sparse `nn.Conv3d`."""
+
+
+class NMLinear(NMLayer, nn.Linear):
+    """N:M sparse `nn.Linear`."""
+
+    def forward(self, x: Tensor, update: Tensor | None = None) -> Tensor:
+        """Y = x (B * W)^T + b."""
+        weight, _ = self.masked_weight(update)
+        return nn.functional.linear(x, weight, self.bias)
+
+
+class SpReConv(nn.Module, _ConvForward):
+    """Mixin of the SpRe branch's conv: y = conv(x; B^S * W^S), the second term of Eq. 9.
+
+    W^S takes the ordinary gradient, none outside the mask.
+    """
+
+    weight: Tensor
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Without a mask (before the masks are wired) the branch is dense."""
+        weight = self.weight if mask is None else self.weight * mask
+        return self._conv_forward(x, weight, self.bias)
+
+
+class SpReConv1d(SpReConv, nn.Conv1d):
+    """SpRe branch of a `nn.Conv1d`."""
+
+
+class SpReConv2d(SpReConv, nn.Conv2d):
+    """SpRe branch of a `nn.Conv2d`."""
+
+
+class SpReConv3d(SpReConv, nn.Conv3d):
+    """SpRe branch of a `nn.Conv3d`."""
+
+
+class TrainingFlag(nn.Module):
+    """The `self.training` of the traced model, as a value of the graph."""
+
+    def forward(self) -> bool:
+        """Whether the graph is in training mode."""
+        return self.training
+
+
+class TrainingSwitch(nn.Module):
+    """The output of a model that returns something else in training than in evaluation."""
+
+    def forward(self, training: Any, evaluation: Any) -> Any:
+        """The first in training mode, the second in evaluation."""
+        return training if self.training else evaluation
+
+
+_NM_TYPES: dict[type[nn.Module], type[NMLayer]] = {
+    nn.Conv1d: NMConv1d,
+    nn.Conv2d: NMConv2d,
+    nn.Conv3d: NMConv3d,
+    nn.Linear: NMLinear,
+}
+_SPRE_TYPES: dict[type[nn.Module], type[SpReConv]] = {
+    nn.Conv1d: SpReConv1d,
+    nn.Conv2d: SpReConv2d,
+    nn.Conv3d: SpReConv3d,
+}
+SPARSIFIABLE = tuple(_NM_TYPES)
+
+Layer: TypeAlias = _ConvNd | nn.Linear
+
+
+def make_nm(layer: Layer, pattern: Pattern, method: MaskMethod, *, keep_masks: bool) -> NMLayer:
+    """Turn a conv or linear into its N:M kind, in place: the very module, parameters and hooks.
+
+    Args:
+        layer: An `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` or `nn.Linear`, no subclass.
+        pattern: The N:M pattern.
+        method: The mask method.
+        keep_masks: Whether the mask outlives a step; if so it is taken from the weights now.
+    """
+    layer.__class__ = _NM_TYPES[type(layer)]  # type: ignore[assignment]  # it is a subclass
+    sparse: Any = layer
+    sparse.pattern = pattern
+    sparse.method = method
+    sparse.nm_mask = ScheduledMask(method.nm_mask, pattern).train(layer.training)
+    sparse.live_taps = None
+    if keep_masks:
+        sparse.nm_mask.keep(layer.weight)
+    nm_layer: NMLayer = sparse
+    return nm_layer
+
+
+def emit_masks(layer: NMLayer) -> None:
+    """Make a conv return `(y, B, live taps)` instead of `y`, in place."""
+    layer.live_taps = ScheduledMask(masks.live_taps, layer.pattern).train(layer.training)
+    if layer.nm_mask.mask is not None:
+        layer.live_taps.keep(layer.weight)
+
+
+def new_spre_conv(conv: _ConvNd) -> SpReConv:
+    """A conv configured as `conv`, with fresh weights from its class's own initialiser."""
+    spre = _SPRE_TYPES[type(conv)](**_options(conv))
+    return spre.train(conv.training).requires_grad_(conv.weight.requires_grad)
+
+
+def new_plain(layer: Layer | SpReConv, weight: Tensor, bias: Tensor | None) -> Layer:
+    """The ordinary torch layer configured as `layer`, holding `weight` and `bias`."""
+    plain: Any = next(kind for kind in SPARSIFIABLE if isinstance(layer, kind))
+    new: Layer = nn.utils.skip_init(plain, **_options(layer) | {"bias": bias is not None})
+    trainable = layer.weight.requires_grad
+    new.weight = nn.Parameter(weight, requires_grad=trainable)
+    new.bias = None if bias is None else nn.Parameter(bias, requires_grad=trainable)
+    return new.train(layer.training)
+
+
+_LINEAR_OPTIONS = ("in_features", "out_features")
+_CONV_OPTIONS = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+)
+
+
+def _options(layer: nn.Module) -> dict[str, Any]:
+    names = _LINEAR_OPTIONS if isinstance(layer, nn.Linear) else _CONV_OPTIONS
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    tensors = {"bias": layer.bias is not None, "device": weight.device, "dtype": weight.dtype}
+    return {name: getattr(layer, name) for name in names} | tensors

@@ -1,0 +1,47 @@
+"""Facts about a layer that must outlive pickling and copying of its graph.
+
+`node.meta`, `gm.meta` and node names are lost when a GraphModule is pickled. A plain dict on the
+leaf module is not, needs nothing of this library to be loaded again, and never enters the
+`state_dict`.
+"""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from torch import nn
+
+_ATTRIBUTE = "spre_fx_record"
+
+
+class Record(TypedDict, total=False):
+    """What a pass wrote down about one conv or linear.
+
+    Attributes:
+        pattern: The N:M pattern its weights obey.
+        reason: Why it was skipped, one word or two.
+        note: The sentence for people: why it was skipped, or why it has no SpRe branch.
+        backend: What it was lowered to.
+    """
+
+    pattern: str
+    reason: str
+    note: str
+    backend: str
+
+
+def read(module: nn.Module) -> Record:
+    """The record of `module`, empty if none was written."""
+    record: Record = getattr(module, _ATTRIBUTE, Record())
+    return record
+
+
+def write(module: nn.Module, record: Record) -> None:
+    """Replace the record of `module`."""
+    setattr(module, _ATTRIBUTE, record)
+
+
+def note(module: nn.Module | None, reason: object, detail: str) -> None:
+    """Write down why `module` was skipped, where there is a module to write on."""
+    if module is not None:
+        write(module, Record(reason=str(reason), note=detail))

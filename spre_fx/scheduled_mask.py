@@ -1,0 +1,53 @@
+"""Masks as modules: what makes a mask while its layer runs, and keeps it where it must be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from spre_fx.patterns import Pattern
+
+
+class ScheduledMask(nn.Module):
+    """A tensor made from a weight: anew at each call, or kept in a buffer between updates.
+
+    The N:M mask B and the live taps of Eq. 8 are such tensors.
+
+    Args:
+        compute: Makes the mask of a weight `(C_out, C_in/groups, *kernel)` and a pattern.
+        pattern: The N:M pattern.
+
+    Attributes:
+        mask: The mask in force, in the `state_dict`; None where it is made anew at each call.
+    """
+
+    mask: Tensor | None
+
+    def __init__(self, compute: Callable[[Tensor, Pattern], Tensor], pattern: Pattern) -> None:
+        super().__init__()
+        self.compute = compute
+        self.pattern = pattern
+        self.register_buffer("mask", None)
+
+    def keep(self, weight: Tensor) -> None:
+        """Make the mask of `weight` now, and keep it until the next update."""
+        self.mask = self.compute(weight.detach(), self.pattern)
+
+    def forward(self, weight: Tensor, update: Tensor | None) -> Tensor:
+        """The mask in force; in training, recomputed first where `update` says so."""
+        weight = weight.detach()
+        if self.mask is None:
+            return self.compute(weight, self.pattern)
+        if update is None:
+            return self.mask
+        if self.training and _may_be_true(update):
+            self.mask.copy_(torch.where(update, self.compute(weight, self.pattern), self.mask))
+        # The next update writes into the buffer while autograd may still hold what is returned.
+        return self.mask.clone()
+
+
+def _may_be_true(update: Tensor) -> bool:
+    """False where the value is known at no cost to be False: in eager mode on the CPU."""
+    return torch.compiler.is_compiling() or update.device.type != "cpu" or bool(update)

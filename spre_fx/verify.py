@@ -1,0 +1,97 @@
+"""The proof that a folded layer is what its branches were, run by `finalize` at every site."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spre_fx import masks
+from spre_fx.errors import VerificationError
+from spre_fx.modules import Layer
+from spre_fx.patterns import Pattern
+
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True)
+class BranchModules:
+    """One branch of a site as it stands in the training graph.
+
+    Attributes:
+        layer: An ordinary conv or linear holding the masked weight.
+        bn: Its batch norm, if it has one.
+    """
+
+    layer: Layer
+    bn: nn.Module | None
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        """The branch's output in evaluation, in float64."""
+        y: Tensor = copy.deepcopy(self.layer).to("cpu", torch.float64)(x)
+        if self.bn is not None:
+            y = copy.deepcopy(self.bn).to("cpu", torch.float64).eval()(y)
+        return y
+
+
+def check_pattern(name: str, layer: Layer, pattern: Pattern) -> None:
+    """Refuse a layer whose weight breaks its N:M pattern.
+
+    Raises:
+        VerificationError: Naming the layer and the pattern.
+    """
+    if not masks.obeys(layer.weight.detach(), pattern):
+        raise VerificationError(
+            f"{name}: expected at most {pattern.n} non-zeros in every {pattern.m} consecutive "
+            "input channels after folding, found a group with more. No model was made."
+        )
+
+
+@torch.no_grad()
+def check_agreement(name: str, branches: Sequence[BranchModules], exact: Layer) -> None:
+    """Refuse a folded layer that computes something else than its branches.
+
+    Both run on random input that covers the kernel. In float64 the largest difference may be 1e-10
+    of the largest output; in the layer's own type, once rounded to it, 1e-5 for float32 and eight
+    units of precision for anything shorter.
+
+    Args:
+        name: The site, for the message.
+        branches: The branches as they were in training.
+        exact: The folded layer, holding float64 weights.
+
+    Raises:
+        VerificationError: Naming the site, the type and the difference.
+    """
+    dtype = branches[0].layer.weight.dtype
+    exact = copy.deepcopy(exact).to("cpu", torch.float64)
+    x = _probe(exact)
+    expected = torch.stack([branch.evaluate(x) for branch in branches]).sum(0)
+    outputs = {torch.float64: exact(x), dtype: exact.to(dtype)(x.to(dtype)).double()}
+    largest = max(expected.abs().max().item(), torch.finfo(torch.float64).tiny)
+    for precision, output in outputs.items():
+        tolerance = _TOLERANCE.get(precision, 8 * torch.finfo(precision).eps)
+        difference = (output - expected).abs().max().item() / largest
+        if not difference <= tolerance:
+            raise VerificationError(
+                f"{name}: expected folded and two-branch outputs to agree in {precision} to "
+                f"{tolerance:.0e} of the largest output, found {difference:.1e}. No model was "
+                "made. Check this site's batch norms for running variances that are zero or huge."
+            )
+
+
+def _probe(layer: Layer) -> Tensor:
+    """Standard normal input, two images, just large enough for two outputs along each axis."""
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(layer, nn.Linear):
+        shape = [layer.in_features]
+    else:
+        reach = zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)
+        sizes = [dilation * (kernel - 1) + 1 + stride for kernel, dilation, stride in reach]
+        padding = layer._reversed_padding_repeated_twice
+        shape = [layer.in_channels, *(max(size, *padding) + 1 for size in sizes)]
+    # Values exact in every float type, so that rounding the input does not count as a difference.
+    return torch.randn(2, *shape, generator=generator).bfloat16().double()
