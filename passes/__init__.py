@@ -1,0 +1,33 @@
+"""The compiler: tracer, matcher and one file per pass. Lives in `passes/` of the repository."""
+
+from spre_fx.passes.base import Account, Pass, PassResult, Reason, Skip
+from spre_fx.passes.duplicate_branches import DuplicateBranches
+from spre_fx.passes.fold_branches import FoldBranches
+from spre_fx.passes.lower import Lower
+from spre_fx.passes.matcher import Site, match_site
+from spre_fx.passes.pipeline import Pipeline, deployment_pipeline, training_pipeline
+from spre_fx.passes.policy import Policy
+from spre_fx.passes.specialise_to_eval import SpecialiseToEval
+from spre_fx.passes.tracer import Tracer, trace
+from spre_fx.passes.wire_masks import WireMasks
+
+__all__ = [
+    "Account",
+    "DuplicateBranches",
+    "FoldBranches",
+    "Lower",
+    "Pass",
+    "PassResult",
+    "Pipeline",
+    "Policy",
+    "Reason",
+    "Site",
+    "Skip",
+    "SpecialiseToEval",
+    "Tracer",
+    "WireMasks",
+    "deployment_pipeline",
+    "match_site",
+    "trace",
+    "training_pipeline",
+]

@@ -1,0 +1,193 @@
+"""Finds conv -> BN sites in a graph, and says of every other conv why it is not one.
+
+Analysis only: nothing here edits a graph. The pattern is an edge conv -> BN of the dataflow graph;
+the predicates on it are the conditions under which a parallel branch can be added after the BN, and
+later folded back (Eq. 9, 10).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+from torch.fx import Node
+from torch.nn.modules.conv import _ConvNd
+
+from spre_fx.batch_norm import is_batch_norm
+from spre_fx.modules import SpReConv
+from spre_fx.passes.base import Reason, Skip
+from spre_fx.passes.graph_view import Candidate, GraphView, input_of
+
+
+@dataclass(frozen=True)
+class SpReBranch:
+    """The second term of Eq. 9 in a graph.
+
+    Attributes:
+        conv: The node of `conv_spre`.
+        bn: The node of `bn_spre`.
+        add: The node that sums the two branches.
+        layer: The module `conv` calls.
+        norm: The module `bn` calls.
+    """
+
+    conv: Node
+    bn: Node
+    add: Node
+    layer: SpReConv
+    norm: nn.Module
+
+
+@dataclass(frozen=True)
+class Site:
+    """A conv with the BN that follows it.
+
+    Attributes:
+        name: The conv's qualified name.
+        conv: The conv's only call.
+        bn: The BN's only call.
+        layer: The module `conv` calls.
+        norm: The module `bn` calls.
+        spre: The SpRe branch, where there is one.
+    """
+
+    name: str
+    conv: Node
+    bn: Node
+    layer: _ConvNd
+    norm: nn.Module
+    spre: SpReBranch | None
+
+    @property
+    def end(self) -> Node:
+        """The node that carries the output of the site."""
+        return self.bn if self.spre is None else self.spre.add
+
+
+def match_site(view: GraphView, candidate: Candidate) -> Site | Skip:
+    """The conv -> BN site that starts at `candidate`, or the reason why there is none."""
+    for reason, refuse in _PREDICATES:
+        detail = refuse(view, candidate)
+        if detail is not None:
+            return Skip(reason, f"{candidate.name}: {detail}")
+    (conv,) = candidate.calls
+    bn, norm = _bn(view, candidate)
+    layer = candidate.module
+    assert isinstance(layer, _ConvNd)
+    return Site(candidate.name, conv, bn, layer, norm, _spre_branch(view, conv, bn))
+
+
+def _spre_branch(view: GraphView, conv: Node, bn: Node) -> SpReBranch | None:
+    for add in view.users(bn):
+        if add.target is not operator.add:
+            continue
+        for bn_spre in view.producers(add):
+            norm = view.module_of(bn_spre)
+            for conv_spre in view.producers(bn_spre):
+                layer = view.module_of(conv_spre)
+                if norm is None or not isinstance(layer, SpReConv):
+                    continue
+                if input_of(conv_spre) is input_of(conv):
+                    return SpReBranch(conv_spre, bn_spre, add, layer, norm)
+    return None
+
+
+# Each predicate returns the guilty value in words, or None when it has nothing against the site.
+# They run in this order, so a later one may rely on what an earlier one has established.
+
+
+def _not_called(_: GraphView, candidate: Candidate) -> str | None:
+    if candidate.inside is not None:
+        return f"is run by {candidate.inside}, which is kept whole"
+    return None if candidate.calls else "is never called in the traced forward"
+
+
+def _functional(_: GraphView, candidate: Candidate) -> str | None:
+    return "is a functional call, not a module" if candidate.module is None else None
+
+
+def _linear(_: GraphView, candidate: Candidate) -> str | None:
+    return (
+        "a linear layer has no taps, no SpRe branch"
+        if isinstance(candidate.module, nn.Linear)
+        else None
+    )
+
+
+def _called_twice(_: GraphView, candidate: Candidate) -> str | None:
+    count = len(candidate.calls)
+    return f"is called {count} times" if count > 1 else None
+
+
+def _other_users(view: GraphView, candidate: Candidate) -> str | None:
+    users = view.users(view.feature_map(candidate.calls[0]))
+    if len(users) == 1:
+        return None
+    if not users:
+        return "has an output that nothing uses"
+    return f"has an output that {len(users)} nodes use ({', '.join(user.name for user in users)})"
+
+
+def _no_bn(view: GraphView, candidate: Candidate) -> str | None:
+    (user,) = view.users(view.feature_map(candidate.calls[0]))
+    module = view.module_of(user)
+    if module is not None and (is_batch_norm(module) or _is_unknown_batch_norm(module)):
+        return None
+    what = "the output" if user.op == "output" else type(module).__name__ if module else user.name
+    return f"feeds {what}, not a batch norm"
+
+
+def _bn(view: GraphView, candidate: Candidate) -> tuple[Node, nn.Module]:
+    (bn,) = view.users(view.feature_map(candidate.calls[0]))
+    module = view.module_of(bn)
+    assert module is not None
+    return bn, module
+
+
+def _is_unknown_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._NormBase) and not is_batch_norm(module)
+
+
+def _bn_unknown(view: GraphView, candidate: Candidate) -> str | None:
+    bn, module = _bn(view, candidate)
+    if is_batch_norm(module):
+        return None
+    return f"is followed by {bn.target}, a {type(module).__name__}, which is no known batch norm"
+
+
+def _bn_called_twice(view: GraphView, candidate: Candidate) -> str | None:
+    bn, module = _bn(view, candidate)
+    count = len(view.calls[id(module)])
+    return f"is followed by {bn.target}, which is called {count} times" if count > 1 else None
+
+
+def _bn_shares_parameters(view: GraphView, candidate: Candidate) -> str | None:
+    bn, module = _bn(view, candidate)
+    for name, parameter in module.named_parameters(recurse=False):
+        owners = view.owners[id(parameter)]
+        if len(owners) > 1:
+            return f"is followed by {bn.target}, whose {name} is shared by {', '.join(owners)}"
+    return None
+
+
+def _bn_no_statistics(view: GraphView, candidate: Candidate) -> str | None:
+    bn, module = _bn(view, candidate)
+    if getattr(module, "running_mean", None) is not None:
+        return None
+    return f"is followed by {bn.target}, which has no running statistics"
+
+
+_PREDICATES: tuple[tuple[Reason, Callable[[GraphView, Candidate], str | None]], ...] = (
+    (Reason.NOT_CALLED, _not_called),
+    (Reason.FUNCTIONAL, _functional),
+    (Reason.LINEAR, _linear),
+    (Reason.CALLED_TWICE, _called_twice),
+    (Reason.OTHER_USERS, _other_users),
+    (Reason.NO_BN, _no_bn),
+    (Reason.BN_UNKNOWN, _bn_unknown),
+    (Reason.BN_CALLED_TWICE, _bn_called_twice),
+    (Reason.SHARED_PARAMETER, _bn_shares_parameters),
+    (Reason.BN_NO_STATISTICS, _bn_no_statistics),
+)

@@ -1,0 +1,62 @@
+"""The two pipelines, which read like the paper's method: one named pass a line."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from torch.fx import GraphModule
+
+from spre_fx.backends import Backend
+from spre_fx.methods import MaskMethod
+from spre_fx.passes.base import Account, Pass
+from spre_fx.passes.duplicate_branches import DuplicateBranches
+from spre_fx.passes.fold_branches import FoldBranches
+from spre_fx.passes.lower import Lower
+from spre_fx.passes.policy import Policy
+from spre_fx.passes.specialise_to_eval import SpecialiseToEval
+from spre_fx.passes.wire_masks import WireMasks
+from spre_fx.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order, over one copy of the graph.
+
+    Attributes:
+        passes: The passes.
+    """
+
+    passes: tuple[Pass, ...]
+
+    def __call__(self, graph_module: GraphModule) -> tuple[GraphModule, list[Account]]:
+        """Run the passes on a copy of `graph_module`; the accounts come in their order."""
+        return self.run_in_place(copy.deepcopy(graph_module))
+
+    def run_in_place(self, graph_module: GraphModule) -> tuple[GraphModule, list[Account]]:
+        """Run the passes on `graph_module` itself."""
+        accounts = []
+        for each in self.passes:
+            result = each.run_in_place(graph_module)
+            graph_module = result.graph_module
+            accounts.append(result.account)
+        return graph_module, accounts
+
+
+def training_pipeline(
+    policy: Policy, method: MaskMethod, schedule: Schedule, *, branch: bool, gamma: float
+) -> Pipeline:
+    """Dense graph -> training graph."""
+    wire = WireMasks(policy, method, schedule)
+    return Pipeline((DuplicateBranches(policy, gamma), wire) if branch else (wire,))
+
+
+def deployment_pipeline(backend: Backend) -> Pipeline:
+    """Training graph -> deployed graph."""
+    return Pipeline(
+        (
+            SpecialiseToEval(),
+            FoldBranches(),
+            Lower(backend),
+        )
+    )

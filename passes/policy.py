@@ -1,0 +1,171 @@
+"""Which layer gets which N:M pattern: the user's wishes and what a layer can carry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from spre_fx.errors import OptionError
+from spre_fx.modules import SPARSIFIABLE, NMLayer
+from spre_fx.passes.base import Reason, Skip
+from spre_fx.passes.graph_view import Candidate, GraphView
+from spre_fx.patterns import Pattern
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The pattern of each layer.
+
+    Attributes:
+        pattern: The pattern of every layer that nothing else is said of.
+        exclude: Layers to leave dense: names, globs, or module types. A name that is a module with
+            layers inside excludes them all.
+        overrides: Name or glob -> another pattern, or None for dense. The last match wins.
+    """
+
+    pattern: Pattern
+    exclude: tuple[str | type[nn.Module], ...] = ()
+    overrides: Mapping[str, Pattern | None] = field(default_factory=dict)
+
+    def check(self, view: GraphView) -> None:
+        """Refuse an exclusion or override that no layer of the graph answers to.
+
+        Raises:
+            OptionError: Naming the rule and some of the layers there are.
+        """
+        candidates = view.candidates.values()
+        for option, rules in (("exclude", self.exclude), ("overrides", tuple(self.overrides))):
+            for rule in rules:
+                if not any(_answers_to(view, candidate, rule) for candidate in candidates):
+                    raise OptionError(_no_match(option, rule, list(view.candidates)))
+
+    def pattern_for(self, view: GraphView, candidate: Candidate) -> Pattern | Skip:
+        """The pattern of one candidate, or why it stays dense."""
+        pattern = self._wanted(view, candidate)
+        if isinstance(pattern, Skip):
+            return pattern
+        for reason, refuse in _PREDICATES:
+            detail = refuse(view, candidate, pattern)
+            if detail is not None:
+                return Skip(reason, f"{candidate.name}: {detail}")
+        return pattern
+
+    def _wanted(self, view: GraphView, candidate: Candidate) -> Pattern | Skip:
+        for rule in self.exclude:
+            if _answers_to(view, candidate, rule):
+                said = rule if isinstance(rule, str) else rule.__name__
+                detail = f"{candidate.name}: excluded by {said!r}"
+                return Skip(Reason.EXCLUDED, detail)
+        rules = [rule for rule in self.overrides if _answers_to(view, candidate, rule)]
+        pattern = self.overrides[rules[-1]] if rules else self.pattern
+        if pattern is None:
+            detail = f"{candidate.name}: left dense by the override {rules[-1]!r}"
+            return Skip(Reason.EXCLUDED, detail)
+        return pattern
+
+
+def _answers_to(view: GraphView, candidate: Candidate, rule: str | type[nn.Module]) -> bool:
+    """Whether the candidate, or a module it is inside of, is what the rule speaks of."""
+    parts = candidate.name.split(".")
+    names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    if isinstance(rule, str):
+        return any(fnmatchcase(name, rule) for name in names)
+    return any(isinstance(view.modules.get(name), rule) for name in names)
+
+
+def _no_match(option: str, rule: str | type[nn.Module], names: list[str]) -> str:
+    said = rule if isinstance(rule, str) else rule.__name__
+    known = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return (
+        f"{option}: {said!r} matches no conv or linear. Expected the name of a layer or of a "
+        f"module that holds some, a glob such as 'layer1.*', or a module type. The layers are: "
+        f"{known}."
+    )
+
+
+# Each predicate returns the guilty value in words, or None when the layer can carry the pattern.
+
+
+def _not_called(_: GraphView, candidate: Candidate, __: Pattern) -> str | None:
+    return None if candidate.calls or candidate.inside else "is never called in the traced forward"
+
+
+def _opaque(view: GraphView, candidate: Candidate, _: Pattern) -> str | None:
+    if candidate.inside is None:
+        return None
+    kind = type(view.modules[candidate.inside]).__name__
+    return f"is run by {candidate.inside} ({kind}), which is kept whole"
+
+
+def _functional(_: GraphView, candidate: Candidate, __: Pattern) -> str | None:
+    if candidate.module is not None:
+        return None
+    function = getattr(candidate.calls[0].target, "__name__", candidate.calls[0].target)
+    return f"{function} is called as a function, its weight belongs to no conv or linear module"
+
+
+def _transposed(_: GraphView, candidate: Candidate, __: Pattern) -> str | None:
+    if not isinstance(candidate.module, nn.modules.conv._ConvTransposeNd):
+        return None
+    return f"{type(candidate.module).__name__} sums over output channels, not in groups of inputs"
+
+
+def _parametrised(_: GraphView, candidate: Candidate, __: Pattern) -> str | None:
+    assert candidate.module is not None
+    if "weight" in candidate.module._parameters:
+        return None
+    return "its weight is computed from other parameters (weight norm or another parametrisation)"
+
+
+def _already_sparse(_: GraphView, candidate: Candidate, __: Pattern) -> str | None:
+    module = candidate.module
+    return f"already carries {module.pattern}" if isinstance(module, NMLayer) else None
+
+
+def _custom_forward(_: GraphView, candidate: Candidate, __: Pattern) -> str | None:
+    if type(candidate.module) in SPARSIFIABLE:
+        return None
+    base = next(kind.__name__ for kind in type(candidate.module).__mro__ if kind in SPARSIFIABLE)
+    return f"{type(candidate.module).__name__} is a subclass of nn.{base}, whose forward may differ"
+
+
+def _shared_parameter(view: GraphView, candidate: Candidate, _: Pattern) -> str | None:
+    assert candidate.module is not None
+    for name, parameter in candidate.module.named_parameters(recurse=False):
+        owners = view.owners[id(parameter)]
+        if len(owners) > 1:
+            return f"its {name} is shared by {', '.join(owners)}"
+    return None
+
+
+def _depthwise(_: GraphView, candidate: Candidate, __: Pattern) -> str | None:
+    module = candidate.module
+    groups = getattr(module, "groups", 1)
+    if groups > 1 and groups == getattr(module, "in_channels", None):
+        return f"depthwise, groups={groups} equals C_in={groups}"
+    return None
+
+
+def _few_channels(_: GraphView, candidate: Candidate, pattern: Pattern) -> str | None:
+    assert candidate.module is not None
+    channels = candidate.module.weight.shape[1]
+    if channels >= pattern.m:
+        return None
+    return f"C_in/groups={channels} is less than M={pattern.m}"
+
+
+_PREDICATES: tuple[tuple[Reason, Callable[[GraphView, Candidate, Pattern], str | None]], ...] = (
+    (Reason.NOT_CALLED, _not_called),
+    (Reason.OPAQUE, _opaque),
+    (Reason.FUNCTIONAL, _functional),
+    (Reason.TRANSPOSED, _transposed),
+    (Reason.PARAMETRISED, _parametrised),
+    (Reason.ALREADY_DONE, _already_sparse),
+    (Reason.CUSTOM_FORWARD, _custom_forward),
+    (Reason.SHARED_PARAMETER, _shared_parameter),
+    (Reason.DEPTHWISE, _depthwise),
+    (Reason.FEW_CHANNELS, _few_channels),
+)

@@ -1,0 +1,117 @@
+"""Makes the weights N:M sparse and wires the masks through the graph.
+
+    y, B, taps = conv(x)                B from the mask method, Algorithm 1, line 3
+    B^S        = B * taps               Eq. 8
+    y_spre     = conv_spre(x, B^S)      second term of Eq. 9
+
+A schedule that counts steps becomes a node of its own, whose value goes to every layer.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from spre_fx import records
+from spre_fx.errors import InvariantError
+from spre_fx.methods import MaskMethod
+from spre_fx.modules import MaskSchedule, NMLayer, emit_masks, make_nm
+from spre_fx.passes.base import Account, Pass, Skip
+from spre_fx.passes.edit import add_module
+from spre_fx.passes.graph_view import Candidate, GraphView, input_of
+from spre_fx.passes.matcher import Site, SpReBranch, match_site
+from spre_fx.passes.policy import Policy
+from spre_fx.patterns import Pattern
+from spre_fx.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class WireMasks(Pass):
+    """Mask every layer the policy names, and hand the masks to the SpRe branches.
+
+    Attributes:
+        policy: The pattern of each layer.
+        method: How a mask is chosen and what gradient the weights receive.
+        schedule: At which training forwards the masks are recomputed.
+    """
+
+    policy: Policy
+    method: MaskMethod
+    schedule: Schedule
+
+    def rewrite(self, graph_module: GraphModule) -> Account:
+        """Turn layers into their N:M kind and connect the masks."""
+        view = GraphView(graph_module)
+        patterns = {
+            name: self.policy.pattern_for(view, candidate)
+            for name, candidate in view.candidates.items()
+        }
+        applied = {name: p for name, p in patterns.items() if isinstance(p, Pattern)}
+        skipped = {name: skip for name, skip in patterns.items() if isinstance(skip, Skip)}
+        sites = {name: match_site(view, view.candidates[name]) for name in applied}
+        update = self._add_schedule(graph_module) if applied else None
+        for name, pattern in applied.items():
+            self._sparsify(view.candidates[name], pattern, sites[name], update)
+        for name, skip in skipped.items():
+            module = view.candidates[name].module
+            if module is not None and not isinstance(module, NMLayer):
+                record = records.Record(reason=str(skip.reason), note=skip.detail)
+                records.write(module, record)
+        return Account(tuple(applied), skipped)
+
+    def _add_schedule(self, graph_module: GraphModule) -> Node | None:
+        if not self.schedule.counts_steps:
+            return None
+        device = next(graph_module.parameters()).device
+        schedule = MaskSchedule(self.schedule).to(device).train(graph_module.training)
+        name = add_module(graph_module, "mask_schedule", schedule)
+        first = next(node for node in graph_module.graph.nodes if node.op != "placeholder")
+        with graph_module.graph.inserting_before(first):
+            return graph_module.graph.call_module(name)
+
+    def _sparsify(
+        self, candidate: Candidate, pattern: Pattern, site: Site | Skip, update: Node | None
+    ) -> None:
+        assert candidate.module is not None
+        layer = make_nm(
+            candidate.module, pattern, self.method, keep_masks=self.schedule.keeps_masks
+        )
+        if update is not None:
+            for call in candidate.calls:
+                call.args, call.kwargs = (input_of(call), update), {}
+        if isinstance(site, Site) and site.spre is not None:
+            emit_masks(layer)
+            _wire(site.conv, site.spre)
+
+    def ensures(self, graph_module: GraphModule) -> None:
+        """Every SpRe branch takes its mask from a conv."""
+        view = GraphView(graph_module)
+        for name, candidate in view.candidates.items():
+            site = match_site(view, candidate)
+            if isinstance(site, Site) and site.spre is not None and len(site.spre.conv.args) != 2:
+                raise InvariantError(
+                    f"{name}: expected its SpRe branch {site.spre.conv.target} to take the input "
+                    f"and a mask, found {site.spre.conv.args}. Run WireMasks with a policy that "
+                    "includes every layer DuplicateBranches gave a branch."
+                )
+
+
+def _wire(conv: Node, spre: SpReBranch) -> None:
+    graph, users = conv.graph, list(conv.users)
+
+    def node(target: Callable[..., object], args: tuple[Node | int, ...], what: str) -> Node:
+        return graph.create_node("call_function", target, args, name=f"{conv.name}_{what}")
+
+    with graph.inserting_after(conv):  # each goes right behind the conv, so the last comes first
+        taps = node(operator.getitem, (conv, 2), "live_taps")
+        mask = node(operator.getitem, (conv, 1), "nm_mask")
+        y = node(operator.getitem, (conv, 0), "y")
+    with graph.inserting_after(taps):
+        spre_mask = node(torch.mul, (mask, taps), "spre_mask")
+    for user in users:
+        user.replace_input_with(conv, y)
+    spre.conv.args = (input_of(spre.conv), spre_mask)
