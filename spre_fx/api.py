@@ -1,0 +1,172 @@
+"""`prepare` before training, `finalize` after."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from torch import nn
+from torch.fx import GraphModule
+
+from spre_fx.backends import DenseBackend
+from spre_fx.checks import check_model, check_tensors, is_prepared
+from spre_fx.errors import ModelError, OptionError, TraceError
+from spre_fx.inspection import uncalled_layers
+from spre_fx.methods import ASP, SRSTE, MaskMethod
+from spre_fx.passes.base import Account
+from spre_fx.passes.graph_view import GraphView
+from spre_fx.passes.pipeline import deployment_pipeline, training_pipeline
+from spre_fx.passes.policy import Policy
+from spre_fx.passes.tracer import trace
+from spre_fx.patterns import Pattern
+from spre_fx.schedules import Schedule
+
+
+def prepare(
+    model: nn.Module,
+    pattern: str | Pattern = "2:4",
+    *,
+    method: Literal["sr-ste", "asp"] | MaskMethod = "sr-ste",
+    branch: Literal["spre"] | None = "spre",
+    exclude: str | type[nn.Module] | Sequence[str | type[nn.Module]] = (),
+    overrides: Mapping[str, str | Pattern | None] | None = None,
+    schedule: Schedule | None = None,
+    spre_gamma: float | None = None,
+) -> GraphModule:
+    """Make a model ready for N:M sparse training with Spatial Re-parameterization.
+
+    Convs and linears become N:M sparse; each conv with a kernel of more than one tap and a batch
+    norm behind it gets a parallel SpRe branch (Algorithm 1 of Zhang et al., 2306.05612v3). What
+    stays dense, and why, is in `spre_fx.sites(result)`. Build the optimizer from the result.
+
+    Parameters and buffers keep their names: a dense checkpoint loads into the result with only the
+    keys of the SpRe branches, and of masks that are kept between steps, missing. Random numbers for
+    the new branches come from torch's global generator.
+
+    Args:
+        model: Any module that `torch.fx` can trace. Never modified.
+        pattern: "N:M": at most N non-zeros in every M consecutive input channels.
+        method: "sr-ste" to train from scratch, "asp" to fine-tune pre-trained weights, or a
+            `MaskMethod`.
+        branch: "spre", or None for the plain N:M method.
+        exclude: Layers to leave dense: names, globs, or module types. The name of a module with
+            layers inside excludes them all, and lets a model be prepared around a module that
+            `torch.fx` cannot follow.
+        overrides: Name or glob -> another pattern, or None for dense. The last match wins.
+        schedule: At which training forwards the masks are recomputed. Default: the method's, which
+            is every one for SR-STE and never for ASP.
+        spre_gamma: Starting value of gamma of the SpRe branch's batch norm. Default: the method's,
+            1 from scratch and 0 on pre-trained weights, where the network then computes at the
+            first step what N:M alone computes. The 0 is our deviation; the paper starts at random.
+
+    Returns:
+        A GraphModule in the training mode of `model`, on its device.
+
+    Raises:
+        PatternError: If a pattern is not one.
+        OptionError: If an option makes no sense, such as a glob that matches nothing.
+        TraceError: If `torch.fx` cannot follow the model.
+        ModelError: If there is nothing to sparsify, or the model is prepared already, quantised,
+            uninitialised, on the meta device, or holds values that are not finite.
+    """
+    mask_method = _method(method)
+    if branch not in ("spre", None):
+        raise OptionError(f"branch={branch!r}: expected 'spre' or None.")
+    policy = Policy(
+        pattern=Pattern.parse(pattern),
+        exclude=(exclude,) if isinstance(exclude, str | type) else tuple(exclude),
+        overrides={
+            rule: None if other is None else Pattern.parse(other)
+            for rule, other in (overrides or {}).items()
+        },
+    )
+    check_model(model)
+    if is_prepared(model):
+        raise ModelError(
+            "expected a dense model, found one that `prepare` has prepared. Train it and finalize "
+            "it, or prepare the dense model again with the other options."
+        )
+    graph_module = _trace_around(model, policy)
+    _warn_of_uncalled(model, graph_module)
+    policy.check(GraphView(graph_module))
+    passes = training_pipeline(
+        policy,
+        mask_method,
+        mask_method.schedule if schedule is None else schedule,
+        branch=branch == "spre",
+        gamma=mask_method.spre_gamma if spre_gamma is None else spre_gamma,
+    )
+    prepared, accounts = passes.run_in_place(graph_module)
+    _check_any_sparse(accounts[-1])
+    return prepared
+
+
+def finalize(prepared: GraphModule, backend: Literal["dense"] = "dense") -> GraphModule:
+    """Turn a trained model into one N:M conv per site (Eq. 10), proved and lowered.
+
+    Batch norms are folded with their running statistics, whatever mode the model is in. Each merged
+    kernel is checked against its pattern, and against the outputs of the branches it replaces.
+
+    Args:
+        prepared: What `prepare` returned, trained. Never modified.
+        backend: What to lower to. "dense": ordinary torch layers that hold N:M weights.
+
+    Returns:
+        A GraphModule in evaluation mode.
+
+    Raises:
+        ModelError: If the model was never prepared, or holds values that are not finite.
+        VerificationError: If a merged layer breaks its pattern or differs from its branches.
+    """
+    if backend != "dense":
+        raise OptionError(f"backend={backend!r}: expected 'dense'.")
+    if not isinstance(prepared, GraphModule) or not is_prepared(prepared):
+        raise ModelError(
+            f"expected the trained result of `prepare`, found a {type(prepared).__name__} without "
+            "N:M layers in training. Call prepare before training; a deployed model is final."
+        )
+    check_tensors(prepared)
+    deployed, _ = deployment_pipeline(DenseBackend())(prepared)
+    return deployed.eval()
+
+
+def _method(method: str | MaskMethod) -> MaskMethod:
+    if isinstance(method, MaskMethod):
+        return method
+    known: dict[str, type[MaskMethod]] = {"sr-ste": SRSTE, "asp": ASP}
+    if method not in known:
+        raise OptionError(f"method={method!r}: expected one of {list(known)} or a MaskMethod.")
+    return known[method]()
+
+
+def _trace_around(model: nn.Module, policy: Policy) -> GraphModule:
+    """Trace the whole model; if that fails, with the excluded modules kept whole."""
+    try:
+        return trace(model)
+    except TraceError:
+        if not policy.exclude:
+            raise
+        return trace(model, leaves=policy.exclude)
+
+
+def _warn_of_uncalled(model: nn.Module, traced: GraphModule) -> None:
+    uncalled = uncalled_layers(model, traced)
+    if uncalled:
+        warnings.warn(
+            f"{type(model).__name__} has layers that its forward never calls, and the result "
+            f"leaves out: {', '.join(uncalled)}.",
+            stacklevel=3,
+        )
+
+
+def _check_any_sparse(account: Account) -> None:
+    if account.applied:
+        return
+    counts = Counter(str(skip.reason) for skip in account.skipped.values())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    raise ModelError(
+        f"nothing to sparsify: expected a conv or linear that can carry the pattern, found "
+        f"{reasons or 'no conv or linear at all'}."
+    )

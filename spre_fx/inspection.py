@@ -1,0 +1,181 @@
+"""`sites`: what every conv and linear of a model is, read from its graph."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from spre_fx import records
+from spre_fx.modules import Layer, NMLayer
+from spre_fx.passes.base import Reason
+from spre_fx.passes.branches import masked_weight, spre_weight
+from spre_fx.passes.graph_view import Candidate, GraphView
+from spre_fx.passes.matcher import Site, match_site
+from spre_fx.passes.tracer import trace
+
+
+class State(str, Enum):
+    """What has become of a conv or linear."""
+
+    DENSE = "dense"
+    SKIPPED = "skipped"
+    NM = "N:M"
+    SPRE = "N:M + SpRe"
+    DEPLOYED = "deployed N:M"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """One conv or linear of a model.
+
+    Attributes:
+        name: Its qualified name (the node's name for a functional call).
+        state: What has become of it.
+        structure: What the graph computes there, such as "N:M Conv2d -> BN + SpRe -> BN".
+        weight_shape: `(C_out, C_in/groups, *kernel)`; () for a functional call.
+        pattern: "N:M", or None.
+        density: Non-zeros of the (main) weight over its size, masks applied.
+        live_taps: Live taps of the SpRe branch and taps of the kernel, or None.
+        parameters: Elements of all parameters of the site: conv, bn and SpRe branch.
+        nonzeros: Non-zeros of the weights of both branches, masks applied.
+        backend: What it was lowered to, or None.
+        reason: Why it was skipped, in two words, or None.
+        note: The sentence behind it, or why there is no SpRe branch, or the choice of a backend.
+    """
+
+    name: str
+    state: State
+    structure: str
+    weight_shape: tuple[int, ...]
+    pattern: str | None
+    density: float
+    live_taps: tuple[int, int] | None
+    parameters: int
+    nonzeros: int
+    backend: str | None
+    reason: str | None
+    note: str
+
+
+def sites(model: nn.Module) -> list[SiteInfo]:
+    """Every conv and linear of a model: dense, prepared or deployed. Reads, never edits.
+
+    Args:
+        model: A GraphModule, or a module to trace first.
+
+    Returns:
+        One record per conv and linear, in the order of the model's modules.
+    """
+    return list(describe(as_view(model)).values())
+
+
+def as_view(model: nn.Module) -> GraphView:
+    """The graph of a model, traced first where it is none, with the layers it never calls."""
+    if isinstance(model, GraphModule):
+        return GraphView(model)
+    traced = trace(model)
+    for name, layer in uncalled_layers(model, traced).items():
+        records.note(layer, Reason.NOT_CALLED, f"{name}: is never called in the traced forward")
+        traced.add_submodule(name, layer)
+    return GraphView(traced)
+
+
+def uncalled_layers(model: nn.Module, traced: GraphModule) -> dict[str, Layer]:
+    """Copies of the convs and linears of a model that its trace leaves out, by name."""
+    called = dict(traced.named_modules(remove_duplicate=False))
+    return {
+        name: copy.deepcopy(module)
+        for name, module in model.named_modules()
+        if isinstance(module, Layer) and name not in called
+    }
+
+
+@torch.no_grad()
+def describe(view: GraphView) -> dict[str, SiteInfo]:
+    """The records of `sites` by name."""
+    return {name: _describe(view, candidate) for name, candidate in view.candidates.items()}
+
+
+def _describe(view: GraphView, candidate: Candidate) -> SiteInfo:
+    module = candidate.module
+    if module is None:
+        return _describe_call(candidate)
+    match = match_site(view, candidate)
+    site = match if isinstance(match, Site) else None
+    kernels = [masked_weight(module)]
+    live_taps = None
+    if site is not None and site.spre is not None:
+        kernels.append(spre_weight(site))
+        live_taps = _live_taps(kernels[1])
+    nonzeros = [int(kernel.count_nonzero()) for kernel in kernels]
+    record = records.read(module)
+    pattern = str(module.pattern) if isinstance(module, NMLayer) else record.get("pattern")
+    return SiteInfo(
+        name=candidate.name,
+        state=_state(module, record, live_taps),
+        structure=_structure(module, pattern, site),
+        weight_shape=tuple(module.weight.shape),
+        pattern=pattern,
+        density=nonzeros[0] / module.weight.numel(),
+        live_taps=live_taps,
+        parameters=sum(p.numel() for part in _parts(module, site) for p in part.parameters()),
+        nonzeros=sum(nonzeros),
+        backend=record.get("backend"),
+        reason=None if pattern else record.get("reason"),
+        note=record.get("note", ""),
+    )
+
+
+def _describe_call(candidate: Candidate) -> SiteInfo:
+    (call,) = candidate.calls
+    function = getattr(call.target, "__name__", "function")
+    return SiteInfo(
+        name=candidate.name,
+        state=State.DENSE,
+        structure=f"F.{function}",
+        weight_shape=(),
+        pattern=None,
+        density=1.0,
+        live_taps=None,
+        parameters=0,
+        nonzeros=0,
+        backend=None,
+        reason=str(Reason.FUNCTIONAL),
+        note=f"{candidate.name}: {function} is called as a function",
+    )
+
+
+def _live_taps(weight: Tensor) -> tuple[int, int]:
+    taps = weight.flatten(2).count_nonzero(dim=(0, 1))
+    return int(taps.count_nonzero()), taps.numel()
+
+
+def _state(module: nn.Module, record: records.Record, live_taps: object) -> State:
+    if isinstance(module, NMLayer):
+        return State.NM if live_taps is None else State.SPRE
+    if "pattern" in record:
+        return State.DEPLOYED
+    return State.SKIPPED if "reason" in record else State.DENSE
+
+
+def _structure(module: nn.Module, pattern: str | None, site: Site | None) -> str:
+    kind = type(module).__name__.removeprefix("NM")
+    main = f"N:M {kind}" if pattern else kind
+    if site is None:
+        return main
+    return f"{main} -> BN" if site.spre is None else f"{main} -> BN + SpRe -> BN"
+
+
+def _parts(module: nn.Module, site: Site | None) -> list[nn.Module]:
+    if site is None:
+        return [module]
+    spre = [] if site.spre is None else [site.spre.layer, site.spre.norm]
+    return [module, site.norm, *spre]

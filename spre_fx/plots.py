@@ -1,0 +1,197 @@
+"""Pictures of spatial sparsity, as Fig. 2 of Zhang et al., 2306.05612v3."""
+
+from __future__ import annotations
+
+import math
+import os
+import textwrap
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from spre_fx import masks, records
+from spre_fx.errors import ModelError
+from spre_fx.modules import NMLayer
+from spre_fx.patterns import Pattern
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+
+_MAP = "Blues_r"
+_LIVE = "tab:orange"
+_PANEL = 1.35  # inches, at least
+_CELL = 0.18  # inches a tap needs for its value to be written in it
+
+
+def plot_spatial_sparsity(model: nn.Module, path: str | os.PathLike[str] | None = None) -> Figure:
+    """Draw the spatial sparsity SS(B^U, u, v) of every N:M conv with more than one tap (Eq. 4).
+
+    One heat map per site: the fraction of zeros at each tap of B^U, the unstructured mask of the
+    main weights at rate 1 - N/M. The taps where it is below 1 - N/M are those where the SpRe branch
+    works (Eq. 8); the live taps of a site with a branch are outlined, as the masks in force have
+    them. Kernels of 3-D convs are shown as slices side by side, those of 1-D convs as a row.
+
+    Needs matplotlib: `pip install 'spre_fx[plot]'`. The figure belongs to no window; in a notebook,
+    `%matplotlib inline` shows it.
+
+    Args:
+        model: A prepared model, at any moment of its training. Never modified.
+        path: A file to write as well, in the format of its suffix.
+
+    Raises:
+        ModelError: If the model has no N:M conv in training with more than one tap.
+        ImportError: If matplotlib is not installed.
+    """
+    sites = _sites(model)
+    try:
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "plot_spatial_sparsity: expected matplotlib, found it missing. Run: "
+            "pip install 'spre_fx[plot]'"
+        ) from error
+    columns, rows = _grid(len(sites))
+    panel, height = _panel_size(sites)
+    size = (max(panel * columns, 4), height * rows + 0.9)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    patterns = sorted({site.pattern for site in sites}, key=lambda pattern: pattern.density)
+    colours = ScalarMappable(cmap=_MAP)
+    colours.set_clim(*_limits(sites))
+    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for site, ax in zip(sites, axes, strict=False):
+        _draw(ax, site, colours, panel)
+        ax.set_title(_title(site, named=len(patterns) > 1), fontsize=7)
+    for ax in axes[len(sites) :]:
+        ax.remove()
+    _draw_scale(figure, axes[: len(sites)], colours, patterns)
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+@dataclass(frozen=True)
+class _Site:
+    """What is drawn of one conv: its spatial sparsity and its live taps, of the kernel's shape."""
+
+    name: str
+    pattern: Pattern
+    sparsity: Tensor
+    live: Tensor
+
+
+@torch.no_grad()
+def _sites(model: nn.Module) -> list[_Site]:
+    found = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, NMLayer) or layer.weight.shape[2:].numel() == 1:
+            continue
+        sparsity = masks.spatial_sparsity(masks.unstructured_mask(layer.weight, layer.pattern))
+        no_taps = torch.zeros_like(sparsity, dtype=torch.bool)
+        live = no_taps if layer.live_taps is None else layer.live_taps(layer.weight, None)
+        found.append(_Site(name, layer.pattern, sparsity.cpu(), live.cpu()))
+    if not found:
+        raise ModelError(
+            "plot_spatial_sparsity: expected a prepared model with an N:M conv of more than one "
+            f"tap, found {_found_instead(model)}"
+        )
+    return found
+
+
+def _found_instead(model: nn.Module) -> str:
+    if any(isinstance(module, NMLayer) for module in model.modules()):
+        return "only linears and convs of one tap, which have no spatial sparsity."
+    if any("pattern" in records.read(module) for module in model.modules()):
+        return (
+            "a deployed one, whose kernels are final and hold no dense weights to prune. Draw the "
+            "prepared model that finalize was given."
+        )
+    return f"a dense {type(model).__name__}. Call prepare on it first."
+
+
+def _grid(count: int) -> tuple[int, int]:
+    """Columns and rows for `count` panels: somewhat wider than high, with few places left over."""
+    most = max(4, math.ceil(math.sqrt(1.6 * count)))
+    rows = math.ceil(count / most)
+    return math.ceil(count / rows), rows
+
+
+def _panel_size(sites: list[_Site]) -> tuple[float, float]:
+    """Width and height of a panel in inches, with room for a value per tap and for the title."""
+    images = [_image(site.sparsity) for site in sites]
+    width = max(_PANEL, max(image.shape[1] for image in images) * _CELL)
+    return width, width * max(image.shape[0] / max(image.shape) for image in images) + 0.25
+
+
+def _limits(sites: list[_Site]) -> tuple[float, float]:
+    """The range of the colours: all that is shown, and 1 - N/M, with a little to spare."""
+    values = torch.cat([site.sparsity.flatten() for site in sites]).tolist()
+    values += [1 - site.pattern.density for site in sites]
+    spare = 0.02 * (max(values) - min(values)) or 0.005
+    return min(values) - spare, max(values) + spare
+
+
+def _image(taps: Tensor) -> Tensor:
+    """A value per tap as `(rows, columns)`: slices of a 3-D kernel in a row, NaN between them."""
+    slices = taps.double().reshape(-1, *(1, *taps.shape)[-2:])
+    padded = nn.functional.pad(slices, (0, 1), value=math.nan)
+    return padded.transpose(0, 1).flatten(1)[:, :-1]
+
+
+def _draw(ax: Axes, site: _Site, colours: ScalarMappable, panel: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    image, live = _image(site.sparsity), _image(site.live)
+    ax.imshow(image.numpy(), cmap=colours.cmap, norm=colours.norm)
+    ax.set_axis_off()
+    ax.set_anchor("N")
+    for row, column in (live == 1).nonzero().tolist():
+        corner = (column - 0.45, row - 0.45)
+        ax.add_patch(Rectangle(corner, 0.9, 0.9, fill=False, edgecolor=_LIVE, linewidth=1.5))
+    if panel / max(image.shape) < _CELL:
+        return
+    digits = 1 if max(image.shape) <= 3 else 0
+    for row, column in (~image.isnan()).nonzero().tolist():
+        value = image[row, column].item()
+        ink = "white" if colours.norm(value) < 0.5 else "black"
+        text = f"{100 * value:.{digits}f}"
+        ax.text(column, row, text, color=ink, fontsize=6, ha="center", va="center")
+
+
+def _title(site: _Site, *, named: bool) -> str:
+    """The site's name broken at dots, at most its last two lines, and the pattern if `named`."""
+    lines = textwrap.wrap(site.name.replace(".", ". "), 22)
+    name = "\n".join(["…" + lines[-2], lines[-1]] if len(lines) > 2 else lines)
+    return name.replace(". ", ".") + (f"\n{site.pattern}" if named else "")
+
+
+def _draw_scale(
+    figure: Figure, axes: list[Axes], colours: ScalarMappable, patterns: list[Pattern]
+) -> None:
+    """The colour bar under the panels, with 1 - N/M marked for each pattern."""
+    from matplotlib.ticker import PercentFormatter
+
+    bar = figure.colorbar(colours, ax=axes, location="bottom", panchor=False, aspect=40, pad=0.03)
+    bar.ax.xaxis.set_major_formatter(PercentFormatter(1))
+    bar.ax.tick_params(labelsize=7)
+    bar.outline.set_visible(False)
+    bar.set_label(
+        "spatial sparsity: zeros at a tap of the unstructured mask;  outlined: live taps",
+        fontsize=7,
+    )
+    for pattern in patterns:
+        threshold = 1 - pattern.density
+        bar.ax.axvline(threshold, color=_LIVE, linewidth=2)
+        bar.ax.annotate(
+            f"$1-N/M$ of {pattern}",
+            (threshold, 1),
+            (0, 2),
+            xycoords=bar.ax.get_xaxis_transform(),
+            textcoords="offset points",
+            fontsize=7,
+            ha="center",
+        )
