@@ -1,0 +1,31 @@
+"""What holds for every test: the library is whole, seeds are fixed, `cuda` tests need a device."""
+
+import importlib.util
+
+import pytest
+import torch
+from hypothesis import settings
+
+if importlib.util.find_spec("spre_fx.passes") is None:
+    raise pytest.UsageError(
+        "spre_fx.passes is not there: passes/ takes that name only in an editable install. "
+        "Run: python -m pip install -e '.[test]'"
+    )
+
+# A time limit for each example measures how busy the machine is.
+settings.register_profile("no deadline", settings.default, deadline=None)
+settings.load_profile("no deadline")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `cuda` on a machine without a device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_runtest_setup() -> None:
+    """Let no test depend on the numbers an earlier one drew."""
+    torch.manual_seed(0)

@@ -1,0 +1,75 @@
+"""Every code block of README.md runs, in order, and the table it shows is the one printed."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import ResNet
+from torchvision.models.resnet import BasicBlock
+
+import spre_fx
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def marked(marker: str) -> str:
+    (block,) = re.findall(rf"^<!-- {marker} -->\n```\w+\n(.*?)^```$", README, re.M | re.S)
+    return block
+
+
+def small_resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)
+
+
+def train(model: nn.Module) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+        optimizer.step()
+
+
+def without_taps(table: str) -> list[str]:
+    """The lines of a table; how many taps are live depends on random numbers."""
+    return [re.sub(r"\d/9", "-/9", line).rstrip() for line in table.strip().splitlines()]
+
+
+def test_python_blocks_run_and_print_the_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"spre_fx": spre_fx, "model": small_resnet(), "train": train}
+    printed = []
+    assert len(blocks("python")) >= 5
+    for block in blocks("python"):
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            exec(block, namespace)
+        printed.append(output.getvalue())
+    assert without_taps(printed[0]) == without_taps(marked("output: diff"))
+    assert printed[1] == "conv1: C_in/groups=3 is less than M=8\n"
+    assert (tmp_path / "spatial_sparsity.png").stat().st_size > 10_000
+
+
+def test_every_block_is_run_by_some_test():
+    languages = set(re.findall(r"^```(\w+)$", README, flags=re.MULTILINE))
+    assert languages == {"bash", "python", "text"}
+    assert sorted(blocks("bash")) == sorted([marked("command: demo"), marked("command: test")])
+
+
+@pytest.mark.parametrize("marker", ["command: demo", "command: test"])
+def test_commands_do_their_own_set_up(marker):
+    (command,) = marked(marker).splitlines()
+    set_up, install, run = command.split(" && ")
+    assert set_up == "python3 -m venv .venv"
+    assert re.fullmatch(r"\.venv/bin/pip install -q -e '\.\[(demo|test)\]'", install)
+    assert run.startswith(".venv/bin/python ")
+    script = run.split()[1]
+    assert script == "-m" or (ROOT / script).is_file()
