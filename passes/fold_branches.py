@@ -10,6 +10,7 @@ replaces compute.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,8 +88,8 @@ def _fold(name: str, layer: Layer, branches: Sequence[BranchModules]) -> Layer:
         ]
     )
     exact = new_plain(layer, weight, bias)
-    check_agreement(name, branches, exact)
-    folded = exact.to(layer.weight.dtype)
+    folded = copy.deepcopy(exact).to(layer.weight.dtype)
+    check_agreement(name, branches, exact, folded)
     if isinstance(layer, NMLayer):
         check_pattern(name, folded, layer.pattern)
         records.write(folded, records.Record(pattern=str(layer.pattern)))

@@ -18,6 +18,7 @@ B^S is a subset of B, so W* is N:M as the main branch was.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -101,11 +102,11 @@ def merge(branches: Sequence[Branch]) -> tuple[Tensor, Tensor | None]:
         )
     weights, biases = zip(*map(fold_batch_norm, branches), strict=True)
     present = [bias for bias in biases if bias is not None]
-    return torch.stack(weights).sum(0), torch.stack(present).sum(0) if present else None
+    return reduce(torch.add, weights), reduce(torch.add, present) if present else None
 
 
 def _float64(tensor: Tensor) -> Tensor:
-    return tensor.detach().double()
+    return tensor.detach().to(torch.float64, copy=True)
 
 
 def _optional(tensor: Tensor | None) -> Tensor | None:

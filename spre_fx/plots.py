@@ -18,13 +18,14 @@ from spre_fx.patterns import Pattern
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
 _MAP = "Blues_r"
 _LIVE = "tab:orange"
 _PANEL = 1.35  # inches, at least
 _CELL = 0.18  # inches a tap needs for its value to be written in it
+_LINE = 22  # characters of a title that fit above a panel
 
 
 def plot_spatial_sparsity(model: nn.Module, path: str | os.PathLike[str] | None = None) -> Figure:
@@ -48,7 +49,7 @@ def plot_spatial_sparsity(model: nn.Module, path: str | os.PathLike[str] | None 
     """
     sites = _sites(model)
     try:
-        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import Normalize
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
@@ -60,15 +61,14 @@ def plot_spatial_sparsity(model: nn.Module, path: str | os.PathLike[str] | None 
     size = (max(panel * columns, 4), height * rows + 0.9)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     patterns = sorted({site.pattern for site in sites}, key=lambda pattern: pattern.density)
-    colours = ScalarMappable(cmap=_MAP)
-    colours.set_clim(*_limits(sites))
+    norm = Normalize(*_limits(sites))
     axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for site, ax in zip(sites, axes, strict=False):
-        _draw(ax, site, colours, panel)
+        _draw(ax, site, norm, panel)
         ax.set_title(_title(site, named=len(patterns) > 1), fontsize=7)
     for ax in axes[len(sites) :]:
         ax.remove()
-    _draw_scale(figure, axes[: len(sites)], colours, patterns)
+    _draw_scale(figure, axes[: len(sites)], norm, patterns)
     if path is not None:
         figure.savefig(path)
     return figure
@@ -142,11 +142,11 @@ def _image(taps: Tensor) -> Tensor:
     return padded.transpose(0, 1).flatten(1)[:, :-1]
 
 
-def _draw(ax: Axes, site: _Site, colours: ScalarMappable, panel: float) -> None:
+def _draw(ax: Axes, site: _Site, norm: Normalize, panel: float) -> None:
     from matplotlib.patches import Rectangle
 
     image, live = _image(site.sparsity), _image(site.live)
-    ax.imshow(image.numpy(), cmap=colours.cmap, norm=colours.norm)
+    ax.imshow(image.numpy(), cmap=_MAP, norm=norm)
     ax.set_axis_off()
     ax.set_anchor("N")
     for row, column in (live == 1).nonzero().tolist():
@@ -157,24 +157,27 @@ def _draw(ax: Axes, site: _Site, colours: ScalarMappable, panel: float) -> None:
     digits = 1 if max(image.shape) <= 3 else 0
     for row, column in (~image.isnan()).nonzero().tolist():
         value = image[row, column].item()
-        ink = "white" if colours.norm(value) < 0.5 else "black"
+        ink = "white" if norm(value) < 0.45 else "black"
         text = f"{100 * value:.{digits}f}"
         ax.text(column, row, text, color=ink, fontsize=6, ha="center", va="center")
 
 
 def _title(site: _Site, *, named: bool) -> str:
-    """The site's name broken at dots, at most its last two lines, and the pattern if `named`."""
-    lines = textwrap.wrap(site.name.replace(".", ". "), 22)
-    name = "\n".join(["…" + lines[-2], lines[-1]] if len(lines) > 2 else lines)
-    return name.replace(". ", ".") + (f"\n{site.pattern}" if named else "")
+    """The end of the site's name, in two lines broken at a dot, and the pattern if `named`."""
+    lines = textwrap.wrap(site.name.replace(".", ". "), _LINE, break_long_words=False)
+    if len(lines) > 2:
+        lines = [f"…{lines[-2]}", lines[-1]]
+    lines = [line.replace(". ", ".") for line in lines]
+    lines = [line if len(line) <= _LINE else f"…{line[1 - _LINE :]}" for line in lines]
+    return "\n".join([*lines, str(site.pattern)] if named else lines)
 
 
-def _draw_scale(
-    figure: Figure, axes: list[Axes], colours: ScalarMappable, patterns: list[Pattern]
-) -> None:
+def _draw_scale(figure: Figure, axes: list[Axes], norm: Normalize, patterns: list[Pattern]) -> None:
     """The colour bar under the panels, with 1 - N/M marked for each pattern."""
+    from matplotlib.cm import ScalarMappable
     from matplotlib.ticker import PercentFormatter
 
+    colours = ScalarMappable(norm, _MAP)
     bar = figure.colorbar(colours, ax=axes, location="bottom", panchor=False, aspect=40, pad=0.03)
     bar.ax.xaxis.set_major_formatter(PercentFormatter(1))
     bar.ax.tick_params(labelsize=7)

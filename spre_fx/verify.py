@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +32,13 @@ class BranchModules:
 
     def evaluate(self, x: Tensor) -> Tensor:
         """The branch's output in evaluation, in float64."""
-        y: Tensor = copy.deepcopy(self.layer).to("cpu", torch.float64)(x)
-        if self.bn is not None:
-            y = copy.deepcopy(self.bn).to("cpu", torch.float64).eval()(y)
-        return y
+        y: Tensor = _on_cpu(self.layer, torch.float64)(x)
+        return y if self.bn is None else _on_cpu(self.bn, torch.float64)(y)
+
+
+def _on_cpu(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in evaluation mode, on the CPU, where no reduced precision is in force."""
+    return copy.deepcopy(module).to("cpu", dtype).eval()
 
 
 def check_pattern(name: str, layer: Layer, pattern: Pattern) -> None:
@@ -51,33 +55,35 @@ def check_pattern(name: str, layer: Layer, pattern: Pattern) -> None:
 
 
 @torch.no_grad()
-def check_agreement(name: str, branches: Sequence[BranchModules], exact: Layer) -> None:
+def check_agreement(
+    name: str, branches: Sequence[BranchModules], exact: Layer, folded: Layer
+) -> None:
     """Refuse a folded layer that computes something else than its branches.
 
-    Both run on random input that covers the kernel. In float64 the largest difference may be 1e-10
+    All run on random input that covers the kernel. In float64 the largest difference may be 1e-10
     of the largest output; in the layer's own type, once rounded to it, 1e-5 for float32 and eight
     units of precision for anything shorter.
 
     Args:
         name: The site, for the message.
         branches: The branches as they were in training.
-        exact: The folded layer, holding float64 weights.
+        exact: The folded layer with float64 weights.
+        folded: The same rounded to the type of the model.
 
     Raises:
         VerificationError: Naming the site, the type and the difference.
     """
-    dtype = branches[0].layer.weight.dtype
-    exact = copy.deepcopy(exact).to("cpu", torch.float64)
     x = _probe(exact)
-    expected = torch.stack([branch.evaluate(x) for branch in branches]).sum(0)
-    outputs = {torch.float64: exact(x), dtype: exact.to(dtype)(x.to(dtype)).double()}
+    expected = reduce(torch.add, [branch.evaluate(x) for branch in branches])
     largest = max(expected.abs().max().item(), torch.finfo(torch.float64).tiny)
-    for precision, output in outputs.items():
-        tolerance = _TOLERANCE.get(precision, 8 * torch.finfo(precision).eps)
+    for layer in (exact, folded):
+        dtype = layer.weight.dtype
+        tolerance = _TOLERANCE.get(dtype, 8 * torch.finfo(dtype).eps)
+        output = _on_cpu(layer, dtype)(x.to(dtype)).double()
         difference = (output - expected).abs().max().item() / largest
         if not difference <= tolerance:
             raise VerificationError(
-                f"{name}: expected folded and two-branch outputs to agree in {precision} to "
+                f"{name}: expected folded and two-branch outputs to agree in {dtype} to "
                 f"{tolerance:.0e} of the largest output, found {difference:.1e}. No model was "
                 "made. Check this site's batch norms for running variances that are zero or huge."
             )
