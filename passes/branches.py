@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
+from spre_fx.errors import InvariantError
 from spre_fx.modules import Layer, NMLayer
 from spre_fx.passes.matcher import Site
 
@@ -24,18 +25,28 @@ def spre_weight(site: Site) -> Tensor:
     weight, conv = site.spre.layer.weight, site.layer
     if not isinstance(conv, NMLayer) or conv.live_taps is None:
         return weight
+    if len(site.spre.conv.args) == 1:
+        raise _not_the_masks(site, "none")
     items = {1: conv.masked_weight()[1], 2: conv.live_taps(conv.weight, None)}
-    mask: Tensor = _value(site.spre.conv.args[1], items)
+    mask: Tensor = _value(site.spre.conv.args[1], site, items)
     return weight * mask
 
 
-def _value(node: Any, items: Mapping[int, Tensor]) -> Any:
-    """The value of a node between a conv, which returns `items`, and its SpRe branch."""
+def _value(node: Any, site: Site, items: Mapping[int, Tensor]) -> Any:
+    """The value of a node between the conv of a site, which returns `items`, and its branch."""
     if not isinstance(node, Node):
         return node
-    if node.target is operator.getitem:
-        index = node.args[1]
-        assert isinstance(index, int)
+    index: Any = node.args[1] if node.target is operator.getitem else None
+    if index in items and node.args[0] is site.conv:
         return items[index]
+    if node.op != "call_function" or node.target is operator.getitem:
+        raise _not_the_masks(site, f"one that depends on {node.name}")
     assert callable(node.target)
-    return node.target(*(_value(argument, items) for argument in node.args))
+    return node.target(*(_value(argument, site, items) for argument in node.args))
+
+
+def _not_the_masks(site: Site, found: str) -> InvariantError:
+    return InvariantError(
+        f"{site.name}: expected its SpRe branch to take a mask made by functions from the masks of "
+        f"{site.name}, found {found}. Undo what changed the graph since `prepare`."
+    )

@@ -11,6 +11,7 @@ replaces compute.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,11 +58,19 @@ class FoldBranches(Pass):
         """No module of the training graph is left."""
         for name, module in graph_module.named_modules():
             if isinstance(module, NMLayer | SpReConv):
-                raise InvariantError(
-                    f"{name}: expected every site folded, found a {type(module).__name__} whose "
-                    "branches do not form the graph that `prepare` built. Undo what changed the "
-                    "graph since, and finalize again."
-                )
+                raise _not_as_built(name, f"a {type(module).__name__} whose branches do not")
+        for node in graph_module.graph.nodes:
+            if node.target is operator.getitem and node.args[0].op == "call_module":
+                name = node.args[0].target
+                if isinstance(graph_module.get_submodule(name), Layer):
+                    raise _not_as_built(name, f"{node.name}, a mask used elsewhere, which does not")
+
+
+def _not_as_built(name: str, found: str) -> InvariantError:
+    return InvariantError(
+        f"{name}: expected every site folded, found {found} belong to the graph that `prepare` "
+        "built. Undo what changed the graph since, and finalize again."
+    )
 
 
 def _match(view: GraphView, candidate: Candidate) -> Site | Layer | Skip:

@@ -95,7 +95,8 @@ class GraphView:
                 found[name] = Candidate(name, module, calls, self._enclosing_leaf(name))
         for node in self.graph_module.graph.nodes:
             if node.op == "call_function" and node.target in _FUNCTIONAL:
-                found[node.name] = Candidate(node.name, None, (node,), None)
+                name = f"{node.name} (function)" if node.name in found else node.name
+                found[name] = Candidate(name, None, (node,), None)
         return found
 
     def _enclosing_leaf(self, name: str) -> str | None:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from torch import nn
 from torch.fx import Node
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from spre_fx.batch_norm import is_batch_norm
-from spre_fx.modules import SpReConv
+from spre_fx.batch_norm import has_statistics, is_batch_norm
+from spre_fx.modules import SPARSIFIABLE, NMLayer, SpReConv
 from spre_fx.passes.base import Reason, Skip
 from spre_fx.passes.graph_view import Candidate, GraphView, input_of
 
@@ -81,16 +81,18 @@ def match_site(view: GraphView, candidate: Candidate) -> Site | Skip:
 
 def _spre_branch(view: GraphView, conv: Node, bn: Node) -> SpReBranch | None:
     for add in view.users(bn):
-        if add.target is not operator.add:
+        if add.target is not operator.add or len(view.users(bn)) != 1:
             continue
         for bn_spre in view.producers(add):
             norm = view.module_of(bn_spre)
-            for conv_spre in view.producers(bn_spre):
-                layer = view.module_of(conv_spre)
-                if norm is None or not isinstance(layer, SpReConv):
-                    continue
-                if input_of(conv_spre) is input_of(conv):
-                    return SpReBranch(conv_spre, bn_spre, add, layer, norm)
+            if norm is None or not has_statistics(norm) or len(view.users(bn_spre)) != 1:
+                continue
+            conv_spre = input_of(bn_spre)
+            layer = view.module_of(conv_spre)
+            if not isinstance(layer, SpReConv) or len(view.users(conv_spre)) != 1:
+                continue
+            if input_of(conv_spre) is input_of(conv):
+                return SpReBranch(conv_spre, bn_spre, add, layer, norm)
     return None
 
 
@@ -114,6 +116,24 @@ def _linear(_: GraphView, candidate: Candidate) -> str | None:
         if isinstance(candidate.module, nn.Linear)
         else None
     )
+
+
+def transposed(_: GraphView, candidate: Candidate) -> str | None:
+    """What is wrong with a transposed conv."""
+    if not isinstance(candidate.module, _ConvTransposeNd):
+        return None
+    return f"{type(candidate.module).__name__} sums over output channels, not in groups of inputs"
+
+
+def custom_forward(_: GraphView, candidate: Candidate) -> str | None:
+    """What is wrong with a conv or linear of a class unknown here."""
+    kind = type(candidate.module)
+    if kind in SPARSIFIABLE or issubclass(kind, NMLayer):
+        return None
+    base = next(
+        (f"nn.{known.__name__}" for known in kind.__mro__ if known in SPARSIFIABLE), "a conv"
+    )
+    return f"{kind.__name__} is a subclass of {base}, whose forward may differ"
 
 
 def _called_twice(_: GraphView, candidate: Candidate) -> str | None:
@@ -174,7 +194,7 @@ def _bn_shares_parameters(view: GraphView, candidate: Candidate) -> str | None:
 
 def _bn_no_statistics(view: GraphView, candidate: Candidate) -> str | None:
     bn, module = _bn(view, candidate)
-    if getattr(module, "running_mean", None) is not None:
+    if has_statistics(module):
         return None
     return f"is followed by {bn.target}, which has no running statistics"
 
@@ -183,6 +203,8 @@ _PREDICATES: tuple[tuple[Reason, Callable[[GraphView, Candidate], str | None]], 
     (Reason.NOT_CALLED, _not_called),
     (Reason.FUNCTIONAL, _functional),
     (Reason.LINEAR, _linear),
+    (Reason.TRANSPOSED, transposed),
+    (Reason.CUSTOM_FORWARD, custom_forward),
     (Reason.CALLED_TWICE, _called_twice),
     (Reason.OTHER_USERS, _other_users),
     (Reason.NO_BN, _no_bn),

@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from spre_fx.errors import OptionError
-from spre_fx.modules import SPARSIFIABLE, NMLayer
+from spre_fx.modules import NMLayer
+from spre_fx.passes import matcher
 from spre_fx.passes.base import Reason, Skip
 from spre_fx.passes.graph_view import Candidate, GraphView
 from spre_fx.patterns import Pattern
@@ -107,10 +108,12 @@ def _functional(_: GraphView, candidate: Candidate, __: Pattern) -> str | None:
     return f"{function} is called as a function, its weight belongs to no conv or linear module"
 
 
-def _transposed(_: GraphView, candidate: Candidate, __: Pattern) -> str | None:
-    if not isinstance(candidate.module, nn.modules.conv._ConvTransposeNd):
-        return None
-    return f"{type(candidate.module).__name__} sums over output channels, not in groups of inputs"
+def _transposed(view: GraphView, candidate: Candidate, _: Pattern) -> str | None:
+    return matcher.transposed(view, candidate)
+
+
+def _custom_forward(view: GraphView, candidate: Candidate, _: Pattern) -> str | None:
+    return matcher.custom_forward(view, candidate)
 
 
 def _parametrised(_: GraphView, candidate: Candidate, __: Pattern) -> str | None:
@@ -123,13 +126,6 @@ def _parametrised(_: GraphView, candidate: Candidate, __: Pattern) -> str | None
 def _already_sparse(_: GraphView, candidate: Candidate, __: Pattern) -> str | None:
     module = candidate.module
     return f"already carries {module.pattern}" if isinstance(module, NMLayer) else None
-
-
-def _custom_forward(_: GraphView, candidate: Candidate, __: Pattern) -> str | None:
-    if type(candidate.module) in SPARSIFIABLE:
-        return None
-    base = next(kind.__name__ for kind in type(candidate.module).__mro__ if kind in SPARSIFIABLE)
-    return f"{type(candidate.module).__name__} is a subclass of nn.{base}, whose forward may differ"
 
 
 def _shared_parameter(view: GraphView, candidate: Candidate, _: Pattern) -> str | None:

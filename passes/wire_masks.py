@@ -80,9 +80,8 @@ class WireMasks(Pass):
         layer = make_nm(
             candidate.module, pattern, self.method, keep_masks=self.schedule.keeps_masks
         )
-        if update is not None:
-            for call in candidate.calls:
-                call.args, call.kwargs = (input_of(call), update), {}
+        for call in candidate.calls:
+            call.args, call.kwargs = (input_of(call), *([] if update is None else [update])), {}
         if isinstance(site, Site) and site.spre is not None:
             emit_masks(layer)
             _wire(site.conv, site.spre)

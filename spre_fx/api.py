@@ -76,7 +76,7 @@ def prepare(
         raise OptionError(f"branch={branch!r}: expected 'spre' or None.")
     policy = Policy(
         pattern=Pattern.parse(pattern),
-        exclude=(exclude,) if isinstance(exclude, str | type) else tuple(exclude),
+        exclude=_by_name(model, (exclude,) if isinstance(exclude, str | type) else exclude),
         overrides={
             rule: None if other is None else Pattern.parse(other)
             for rule, other in (overrides or {}).items()
@@ -139,6 +139,23 @@ def _method(method: str | MaskMethod) -> MaskMethod:
     if method not in known:
         raise OptionError(f"method={method!r}: expected one of {list(known)} or a MaskMethod.")
     return known[method]()
+
+
+def _by_name(
+    model: nn.Module, rules: Sequence[str | type[nn.Module]]
+) -> tuple[str | type[nn.Module], ...]:
+    """The rules with each module type replaced by the names of its modules: a trace has no types.
+
+    A type without modules stays, to be refused as one that nothing answers to.
+    """
+    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    found: list[str | type[nn.Module]] = []
+    for rule in rules:
+        names = [
+            n for n, m in modules.items() if n and isinstance(rule, type) and isinstance(m, rule)
+        ]
+        found += names or [rule]
+    return tuple(found)
 
 
 def _trace_around(model: nn.Module, policy: Policy) -> GraphModule:

@@ -22,12 +22,22 @@ def is_frozen_batch_norm(module: nn.Module) -> bool:
 
     Known by its name and buffers, since importing torchvision costs more than all of this library.
     """
-    return type(module).__name__ == "FrozenBatchNorm2d" and {
-        "weight",
-        "bias",
-        "running_mean",
-        "running_var",
-    } <= set(module._buffers)
+    return (
+        type(module).__name__ == "FrozenBatchNorm2d"
+        and {
+            "weight",
+            "bias",
+            "running_mean",
+            "running_var",
+        }
+        <= set(module._buffers)
+        and hasattr(module, "eps")
+    )
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether `module` is a known batch norm with running statistics, and so can be folded."""
+    return is_batch_norm(module) and module.running_mean is not None
 
 
 def statistics(bn: Any) -> BatchNormStatistics:
@@ -56,10 +66,12 @@ def new_spre_batch_norm(bn: Any, gamma: float) -> nn.Module:
     }
     if not frozen:
         options |= {"momentum": bn.momentum, "affine": bn.affine or gamma != 1.0}
+    if not frozen and bn.affine and bn.bias is None:
+        options["bias"] = False
     if isinstance(bn, nn.SyncBatchNorm):
         options["process_group"] = bn.process_group
     new: nn.Module = (nn.BatchNorm2d if frozen else type(bn))(**options)
     if isinstance(new.weight, nn.Parameter):
         with torch.no_grad():
             new.weight.fill_(gamma)
-    return new.train(bn.training or frozen)
+    return new.train(bn.training)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from spre_fx.batch_norm import is_batch_norm
 from spre_fx.errors import ModelError
 from spre_fx.modules import NMLayer
 
@@ -31,12 +33,13 @@ def _check_module(name: str, module: nn.Module) -> None:
             f"{name}: expected a Python module, found a compiled {type(module).__name__}. Prepare "
             "the model before torch.jit compiles it."
         )
-    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+    if isinstance(module, LazyModuleMixin) and _never_ran(module):
         raise ModelError(
             f"{name}: expected initialised weights, found an uninitialised "
             f"{type(module).__name__}. Run one forward first."
         )
-    if ".quantized" in type(module).__module__:
+    home = type(module).__module__
+    if home.startswith("torch.") and ".quantized" in home:
         raise ModelError(
             f"{name}: expected floating-point layers, found the quantised {type(module).__name__}. "
             "Prepare and train the float model, finalize it, and quantise the deployed one."
@@ -44,22 +47,31 @@ def _check_module(name: str, module: nn.Module) -> None:
 
 
 def check_tensors(model: nn.Module) -> None:
-    """Refuse parameters and buffers without values, or with values that are not finite.
+    """Refuse tensors without values, and weights and statistics that are not finite.
+
+    Other buffers may hold what they like, such as the -inf of an attention mask.
 
     Raises:
         ModelError: Naming the tensor.
     """
+    norms = [module for module in model.modules() if is_batch_norm(module)]
+    checked = {id(parameter) for parameter in model.parameters()}
+    checked |= {id(buffer) for norm in norms for buffer in norm.buffers()}
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if tensor.device.type == "meta":
             raise ModelError(
                 f"{name}: expected values, found a tensor on the meta device. Load the weights "
                 "first (model.to_empty(device=...), then load_state_dict)."
             )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if id(tensor) in checked and not torch.isfinite(tensor).all():
             raise ModelError(
                 f"{name}: expected finite values, found {_not_finite(tensor)}. Go back to a "
                 "checkpoint from before the training diverged."
             )
+
+
+def _never_ran(module: Any) -> bool:
+    return bool(module.has_uninitialized_params()) or module.cls_to_become is not None
 
 
 def _not_finite(tensor: torch.Tensor) -> str:

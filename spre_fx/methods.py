@@ -7,6 +7,7 @@ gamma of the SpRe branch's batch norm.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -88,7 +89,7 @@ class SRSTE(MaskMethod):
     decay: float = 2e-4
 
     def __post_init__(self) -> None:
-        if self.decay < 0:
+        if not 0 <= self.decay < math.inf:
             raise OptionError(f"SRSTE(decay={self.decay}): expected decay >= 0.")
 
     def masked(self, weight: Tensor, mask: Tensor) -> Tensor:

@@ -22,6 +22,10 @@ from spre_fx.schedules import Schedule
 class MaskSchedule(nn.Module):
     """Counts training forwards and says, once per forward, whether masks are recomputed in it.
 
+    Under activation checkpointing the forward that is run again in the backward pass is the last
+    one, so each forward must be followed by its backward; a compiled model inside an eager
+    checkpoint counts both runs.
+
     Args:
         schedule: When to recompute.
     """
@@ -85,10 +89,10 @@ class _ConvForward:
 
 
 class _NMConv(NMLayer, _ConvForward):
-    def forward(self, x: Tensor, update: Tensor | None = None) -> Any:
+    def forward(self, input: Tensor, update: Tensor | None = None) -> Any:
         """`y`, or `(y, B, live taps)` where a SpRe branch takes the masks up."""
         weight, mask = self.masked_weight(update)
-        y = self._conv_forward(x, weight, self.bias)
+        y = self._conv_forward(input, weight, self.bias)
         return y if self.live_taps is None else (y, mask, self.live_taps(self.weight, update))
 
 
@@ -107,10 +111,10 @@ class NMConv3d(_NMConv, nn.Conv3d):
 class NMLinear(NMLayer, nn.Linear):
     """N:M sparse `nn.Linear`."""
 
-    def forward(self, x: Tensor, update: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, update: Tensor | None = None) -> Tensor:
         """Y = x (B * W)^T + b."""
         weight, _ = self.masked_weight(update)
-        return nn.functional.linear(x, weight, self.bias)
+        return nn.functional.linear(input, weight, self.bias)
 
 
 class SpReConv(nn.Module, _ConvForward):
@@ -121,10 +125,10 @@ class SpReConv(nn.Module, _ConvForward):
 
     weight: Tensor
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Without a mask (before the masks are wired) the branch is dense."""
         weight = self.weight if mask is None else self.weight * mask
-        return self._conv_forward(x, weight, self.bias)
+        return self._conv_forward(input, weight, self.bias)
 
 
 class SpReConv1d(SpReConv, nn.Conv1d):

@@ -72,7 +72,7 @@ class EveryK(Schedule):
     k: int
 
     def __post_init__(self) -> None:
-        if self.k < 1:
+        if not isinstance(self.k, int) or self.k < 1:
             raise OptionError(f"EveryK(k={self.k}): expected k >= 1 training forwards.")
 
     def is_update(self, step: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class Freeze(Schedule):
     before: Schedule = field(default_factory=EveryStep)
 
     def __post_init__(self) -> None:
-        if self.at < 0:
+        if not isinstance(self.at, int) or self.at < 0:
             raise OptionError(f"Freeze(at={self.at}): expected a step >= 0.")
 
     def is_update(self, step: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+torch.set_num_threads(1)  # small tensors gain nothing from more, and cores may be busy
+
 if importlib.util.find_spec("spre_fx.passes") is None:
     raise pytest.UsageError(
         "spre_fx.passes is not there: passes/ takes that name only in an editable install. "

@@ -72,6 +72,7 @@ def test_the_answer_stays_on_the_device_of_the_step(schedule: Schedule) -> None:
         (EveryStep(), False, False),
         (EveryK(1), True, True),
         (EveryK(3), True, True),
+        (Freeze(1), True, True),
         (Freeze(5), True, True),
         (Freeze(5, EveryK(2)), True, True),
         (Freeze(0), True, False),

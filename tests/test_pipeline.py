@@ -1,0 +1,114 @@
+"""Pipelines: the passes, their order, one copy for all, and one account for each."""
+
+import pytest
+import torch
+from models import AuxiliaryHead, Residual, assert_same, kinds, run
+from torch import nn
+from torch.fx import GraphModule
+
+from spre_fx import SRSTE, EveryK, EveryStep, Pattern
+from spre_fx.backends import DenseBackend
+from spre_fx.modules import NMLayer
+from spre_fx.passes import (
+    DuplicateBranches,
+    FoldBranches,
+    Lower,
+    Pipeline,
+    Policy,
+    SpecialiseToEval,
+    WireMasks,
+    deployment_pipeline,
+    trace,
+    training_pipeline,
+)
+
+POLICY = Policy(Pattern(1, 4))
+TRAINING = training_pipeline(POLICY, SRSTE(), EveryStep(), branch=True, gamma=0.5)
+DEPLOYMENT = deployment_pipeline(DenseBackend())
+
+
+def test_the_training_pipeline_duplicates_and_wires() -> None:
+    assert TRAINING.passes == (
+        DuplicateBranches(POLICY, 0.5),
+        WireMasks(POLICY, SRSTE(), EveryStep()),
+    )
+
+
+def test_without_a_branch_the_training_pipeline_only_wires() -> None:
+    plain = training_pipeline(POLICY, SRSTE(), EveryK(2), branch=False, gamma=1.0)
+    assert plain.passes == (WireMasks(POLICY, SRSTE(), EveryK(2)),)
+
+
+def test_the_deployment_pipeline_specialises_folds_and_lowers() -> None:
+    assert DEPLOYMENT.passes == (SpecialiseToEval(), FoldBranches(), Lower(DenseBackend()))
+
+
+def test_a_pipeline_computes_what_its_passes_do_one_by_one() -> None:
+    start = TRAINING(trace(AuxiliaryHead()))[0]
+    deployed, accounts = DEPLOYMENT(start)
+    step = start
+    for each, account in zip(DEPLOYMENT.passes, accounts, strict=True):
+        step, expected = (result := each(step)).graph_module, result.account
+        assert account == expected
+    assert kinds(deployed) == kinds(step)
+    assert_same(dict(deployed.state_dict()), dict(step.state_dict()))
+    assert [account.applied for account in accounts] == [
+        ("aux.conv",),
+        ("conv1", "conv2"),
+        ("conv1", "conv2"),
+    ]
+
+
+def facts(gm: GraphModule) -> tuple[object, ...]:
+    modes = [(name, type(module), module.training) for name, module in gm.named_modules()]
+    return gm.code, [(node.name, node.args) for node in gm.graph.nodes], modes
+
+
+@pytest.mark.parametrize("pipeline", [TRAINING, DEPLOYMENT])
+def test_a_pipeline_leaves_its_input_as_it_was(pipeline: Pipeline) -> None:
+    gm = trace(Residual())
+    if pipeline is DEPLOYMENT:
+        gm = TRAINING(gm)[0]
+    before, state = facts(gm), {name: value.clone() for name, value in gm.state_dict().items()}
+    result, _ = pipeline(gm)
+    assert facts(gm) == before
+    assert_same(dict(gm.state_dict()), state)
+    theirs = {value.data_ptr() for value in result.state_dict().values()}
+    assert theirs.isdisjoint(value.data_ptr() for value in state.values())
+
+
+def test_in_place_a_pipeline_works_on_the_very_graph() -> None:
+    gm = trace(Residual())
+    conv, weight = gm.conv1, gm.conv1.weight
+    prepared, accounts = TRAINING.run_in_place(gm)
+    assert prepared is gm
+    assert len(accounts) == 2
+    assert gm.conv1 is conv
+    assert isinstance(conv, NMLayer)
+    assert conv.weight is weight
+
+
+def test_an_empty_pipeline_is_a_copy() -> None:
+    gm = trace(Residual())
+    copied, accounts = Pipeline(())(gm)
+    assert accounts == []
+    assert copied is not gm
+    assert copied.code == gm.code
+
+
+def test_a_training_graph_runs_forward_and_backward_and_is_deployed() -> None:
+    gm = TRAINING(trace(Residual()))[0]
+    optimizer = torch.optim.SGD(gm.parameters(), 0.1)
+    x = torch.randn(4, 8, 6, 6)
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(gm(x), torch.tensor([0, 1, 2, 3])).backward()
+        assert all(p.grad is not None for p in gm.parameters())
+        optimizer.step()
+    deployed = DEPLOYMENT(gm)[0]
+    ours, theirs = (run(m, x, training=False)["output 0"] for m in (deployed, gm))
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert set(kinds(deployed)) == {
+        *("placeholder", "Conv2d", "ReLU", "add", "adaptive_avg_pool2d", "flatten", "Linear"),
+        "output",
+    }

@@ -1,0 +1,294 @@
+"""The tracer: what survives, both modes in one graph, and errors that say where."""
+
+import copy
+import inspect
+import io
+import pickle
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from models import (
+    MODELS,
+    AuxiliaryHead,
+    ControlFlow,
+    FunctionalDropout,
+    Inner,
+    Model,
+    Never,
+    Residual,
+    TiedConvs,
+    assert_same,
+    chain,
+    conv_bn,
+    kinds,
+    model_of,
+    run,
+)
+from torch import Tensor, nn
+
+from spre_fx import ModelError, TraceError
+from spre_fx.passes import Tracer, trace
+
+Heads = namedtuple("Heads", ["logits", "extra"])
+
+
+def nested_outputs(model: Model, x: Tensor) -> dict[str, Any]:
+    y = model.conv1(x)
+    if model.training:
+        return {"heads": Heads(model.conv2(y), [y, y + 1]), "loss": (y.mean(),)}
+    return {"heads": Heads(y.sigmoid(), [y, y - 1]), "loss": (y.sum(),)}
+
+
+def other_keys(model: Model, x: Tensor) -> dict[str, Tensor]:
+    out = {"out": model.conv1(x)}
+    return out | {"aux": model.conv2(x)} if model.training else out
+
+
+def named_tuple_in_training(model: Model, x: Tensor) -> Any:
+    y = model.conv1(x)
+    return Heads(y, model.conv2(y)) if model.training else y
+
+
+def constants_by_mode(model: Model, x: Tensor) -> Tensor:
+    y = model.conv1(x) * (2 if model.training else 3)
+    y = F.interpolate(y, scale_factor=2.0, mode="bilinear", align_corners=model.training)
+    y = F.interpolate(y, scale_factor=2.0, mode="bilinear", align_corners=not model.training)
+    return F.max_pool2d(y, 2 if model.training else 3).flatten(1, 2 if model.training else -1)
+
+
+def extra_call_in_training(model: Model, x: Tensor) -> Tensor:
+    y = model.conv1(x.neg()) if model.training else x
+    return model.conv1(y) + model.conv1(x)
+
+
+def evaluation_behind_in_place(model: Model, x: Tensor) -> Tensor:
+    y = model.conv1(x)
+    y.relu_()
+    return y if model.training else y.exp()
+
+
+def slices_by_shape(model: Model, x: Tensor) -> Tensor:
+    y = model.conv1(x)[:, : x.shape[1] // 2]
+    return y if model.training else y + 1
+
+
+BODIES = (
+    *(nested_outputs, other_keys, named_tuple_in_training, constants_by_mode),
+    *(extra_call_in_training, evaluation_behind_in_place, slices_by_shape),
+)
+BUILDERS = MODELS | {body.__name__: model_of(body.__name__, body) for body in BODIES}
+
+
+def assert_same_in_both_modes(traced: nn.Module, model: nn.Module, x: Tensor) -> None:
+    """Outputs, and what a forward leaves in the state; unused state is another test's."""
+    for training in True, False:
+        ours, theirs = run(traced, x, training=training), run(model, x, training=training)
+        assert [k for k in ours if "output" in k] == [k for k in theirs if "output" in k]
+        both = ours.keys() & theirs.keys()
+        assert_same({key: ours[key] for key in both}, {key: theirs[key] for key in both})
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+def test_a_trace_computes_what_the_model_computes_in_both_modes(
+    build: Callable[[], nn.Module], training: bool
+) -> None:
+    model = build().train(training)
+    assert_same_in_both_modes(trace(model), model, torch.randn(model.shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("googlenet", 64),
+        ("efficientnet_b0", 32),
+        pytest.param("inception_v3", 299, marks=pytest.mark.slow),
+    ],
+)
+def test_torchvision_models_keep_their_outputs_in_both_modes(name: str, size: int) -> None:
+    options = {} if name == "efficientnet_b0" else {"init_weights": False}
+    model = torchvision.models.get_model(name, weights=None, num_classes=3, **options)
+    assert_same_in_both_modes(trace(model), model, torch.randn(2, 3, size, size))
+
+
+@pytest.mark.parametrize(
+    "name", ["AuxiliaryHead", "FunctionalDropout", "DropPath", "nested_outputs"]
+)
+def test_a_copied_or_pickled_trace_still_has_both_modes(name: str) -> None:
+    traced = trace(BUILDERS[name]())
+    saved = io.BytesIO()
+    torch.save(traced, saved)
+    saved.seek(0)
+    copies = copy.deepcopy(traced), torch.load(saved, weights_only=False)
+    x = torch.randn(2, 8, 6, 6)
+    for training in True, False:
+        expected = run(traced, x, training=training)
+        for again in (*copies, pickle.loads(pickle.dumps(copies[1]))):
+            assert_same(run(again, x, training=training), expected)
+    train, evaluation = run(traced, x, training=True), run(traced, x, training=False)
+    assert not torch.equal(train["output 0"], evaluation["output 0"])
+
+
+def test_names_parameters_and_buffers_survive_as_copies() -> None:
+    for model in Residual(), TiedConvs(), MODELS["Parametrised"]():
+        traced = trace(model)
+        assert_same(dict(traced.state_dict()), dict(model.state_dict()))
+        ours = {tensor.data_ptr() for tensor in traced.state_dict().values()}
+        assert ours.isdisjoint(tensor.data_ptr() for tensor in model.state_dict().values())
+        assert dict(traced.named_parameters()).keys() == dict(model.named_parameters()).keys()
+
+
+def test_only_what_the_forward_makes_no_use_of_is_left_out() -> None:
+    model = Never()
+    left_out = model.state_dict().keys() - trace(model).state_dict().keys()
+    assert left_out == {"never.weight", "never.bias", "unused", "ticket"}
+
+
+def test_shared_parameters_stay_shared() -> None:
+    traced = trace(TiedConvs())
+    assert traced.conv1.weight is traced.conv2.weight
+
+
+def test_requires_grad_hooks_and_attributes_survive() -> None:
+    model = Model()
+    model.conv1.weight.requires_grad_(False)
+    model.conv1.note = "of the user"
+    model.conv2.register_forward_hook(double)
+    traced = trace(model)
+    assert [p.requires_grad for p in traced.parameters()] == [False] + [True] * 6
+    assert traced.conv1.note == "of the user"
+    assert_same_in_both_modes(traced, model, torch.randn(2, 8, 6, 6))
+
+
+def test_a_module_put_in_evaluation_on_its_own_drops_nothing_out() -> None:
+    model = chain(conv=nn.Conv2d(8, 8, 1), part=FunctionalDropout())
+    model.part.eval()
+    x = torch.randn(2, 8, 6, 6)
+    assert torch.equal(trace(model)(x), model(x))
+
+
+def double(_: nn.Module, __: object, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_modes_survive_module_by_module(training: bool) -> None:
+    model = AuxiliaryHead().train(training)
+    model.bn1.train(not training)
+    model.aux.drop.train(not training)
+    traced = trace(model)
+    assert traced.training is training
+    expected = {name: module.training for name, module in model.named_modules()}
+    found = {name: module.training for name, module in traced.named_modules()}
+    assert {name: found[name] for name in expected} == expected
+    assert {found[name] for name in found.keys() - expected.keys()} <= {training}
+
+
+@pytest.mark.parametrize("build", [AuxiliaryHead, ControlFlow, Never])
+def test_the_model_is_left_as_it_was_also_when_tracing_fails(build: type[Model]) -> None:
+    model = build().train(False)
+    model.bn1.train()
+    state = copy.deepcopy(dict(model.state_dict()))
+    facts = [(n, m, type(m), m.training, dict(m.__dict__)) for n, m in model.named_modules()]
+    if build is ControlFlow:
+        with pytest.raises(TraceError):
+            trace(model)
+    else:
+        trace(model)
+    after = [(n, m, type(m), m.training, dict(m.__dict__)) for n, m in model.named_modules()]
+    assert [fact[:4] for fact in after] == [fact[:4] for fact in facts]
+    assert [fact[4].keys() for fact in after] == [fact[4].keys() for fact in facts]
+    assert_same(dict(model.state_dict()), state)
+
+
+def test_convs_batch_norms_and_linears_of_any_class_stay_whole() -> None:
+    build = MODELS["CustomForward"]
+    assert kinds(trace(build()))[1:3] == ["Standardised", "BatchNorm2d"]
+    frozen = chain(conv=nn.Conv2d(8, 8, 1), bn=torchvision.ops.FrozenBatchNorm2d(8))
+    assert kinds(trace(frozen)) == ["placeholder", "Conv2d", "FrozenBatchNorm2d", "output"]
+
+
+@pytest.mark.parametrize("leaf", ["inner", "inn*", Inner])
+def test_modules_are_kept_whole_by_name_glob_and_type(leaf: str | type[nn.Module]) -> None:
+    model = ControlFlow()
+    traced = trace(model, [leaf])
+    assert kinds(traced) == ["placeholder", "Conv2d", "BatchNorm2d", "Inner", "output"]
+    x = torch.randn(2, 8, 6, 6)
+    assert_same_in_both_modes(traced, model, x)
+    assert Tracer([leaf]).is_leaf_module(model.inner, "inner")
+
+
+def test_control_flow_is_an_error_with_module_line_and_way_out() -> None:
+    with pytest.raises(TraceError) as error:
+        trace(ControlFlow())
+    lines, first = inspect.getsourcelines(Inner.forward)
+    at = first + next(i for i, line in enumerate(lines) if "if x.mean()" in line)
+    message = str(error.value)
+    where = f"{inspect.getsourcefile(Inner)}:{at} `if x.mean() > 0:`"
+    assert message.startswith(
+        f"inner: expected a forward that torch.fx can follow, found at {where}"
+    )
+    assert "keep the module whole with exclude=['inner']" in message
+
+
+def test_control_flow_of_the_model_itself_is_not_blamed_on_a_module_inside() -> None:
+    with pytest.raises(TraceError) as error:
+        trace(model_of("Sudden", lambda m, x: m.conv1(x) if x.sum() > 0 else x)())
+    message = str(error.value)
+    assert message.startswith("Sudden: ")
+    assert "if x.sum() > 0 else x" in message
+    assert "exclude=" not in message  # there is no name to exclude, and nothing left to prepare
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda model, x: model.conv1(x).mul_(3) if model.training else model.conv1(x),
+        lambda model, x: model.conv1(x) if model.training else model.conv1(x).clamp_(0, 1),
+        lambda model, x: F.elu(model.conv1(x), inplace=model.training),
+        lambda model, x: F.elu(model.conv1(x), inplace=not model.training),
+        lambda model, x: model.act(model.conv1(x)) if model.training else model.conv1(x),
+    ],
+)
+def test_an_in_place_change_in_one_mode_is_right_or_refused(
+    body: Callable[[Model, Tensor], Tensor],
+) -> None:
+    model = model_of("InPlace", body)()
+    model.act = nn.ELU(inplace=True)
+    refusal = ""
+    try:
+        assert_same_in_both_modes(trace(model), model, torch.randn(2, 8, 6, 6))
+    except TraceError as error:
+        refusal = str(error)
+    assert not refusal or "in place" in refusal
+
+
+def test_a_constant_of_the_forward_is_the_same_in_both_modes() -> None:
+    model = model_of("Constant", lambda m, x: m.conv2(m.conv1(x) * torch.tensor([2.0])))()
+    traced = trace(model)
+    assert kinds(traced) == [
+        "placeholder",
+        "Conv2d",
+        "_tensor_constant0",
+        "mul",
+        "Conv2d",
+        "output",
+    ]
+    assert_same_in_both_modes(traced, model, torch.randn(2, 8, 6, 6))
+
+
+def test_statistics_that_only_evaluation_would_run_are_refused() -> None:
+    with pytest.raises(TraceError, match=r"^bn1: expected training and evaluation to run it as"):
+        trace(model_of("Late", lambda m, x: x if m.training else m.bn1(x))())
+
+
+def test_a_model_that_cannot_be_copied_is_refused_with_its_name() -> None:
+    model = conv_bn()
+    model.stream = (x for x in ())
+    with pytest.raises(ModelError, match=r"^Sequential: expected a model that copy\.deepcopy can"):
+        trace(model)
