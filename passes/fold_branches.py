@@ -28,6 +28,7 @@ from spre_fx.passes.branches import masked_weight, spre_weight
 from spre_fx.passes.edit import erase_unused, replace_module
 from spre_fx.passes.graph_view import Candidate, GraphView, input_of
 from spre_fx.passes.matcher import Site, match_site
+from spre_fx.unstructured import UnstructuredMethod
 from spre_fx.verify import BranchModules, check_agreement, check_pattern
 
 
@@ -49,6 +50,7 @@ class FoldBranches(Pass):
                 for call in view.candidates[name].calls:
                     call.args, call.kwargs = (input_of(call),), {}
         schedules = [n for n in view.digraph if isinstance(view.module_of(n), MaskSchedule)]
+        schedules += [user for node in schedules for user in view.users(node)]
         ends = [match.end for match in found.values() if isinstance(match, Site)]
         erase_unused(graph_module, schedules + ends)
         skipped = {name: match for name, match in found.items() if isinstance(match, Skip)}
@@ -99,7 +101,9 @@ def _fold(name: str, layer: Layer, branches: Sequence[BranchModules]) -> Layer:
     exact = new_plain(layer, weight, bias)
     folded = copy.deepcopy(exact).to(layer.weight.dtype)
     check_agreement(name, branches, exact, folded)
-    if isinstance(layer, NMLayer):
+    if isinstance(layer, NMLayer) and isinstance(layer.method, UnstructuredMethod):
+        records.write(folded, records.Record(unstructured=type(layer.method).__name__))
+    elif isinstance(layer, NMLayer):
         check_pattern(name, folded, layer.pattern)
         records.write(folded, records.Record(pattern=str(layer.pattern)))
     else:

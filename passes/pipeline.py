@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule
 
 from spre_fx.backends import Backend
+from spre_fx.criteria import Criterion
 from spre_fx.methods import MaskMethod
 from spre_fx.passes.base import Account, Pass
 from spre_fx.passes.duplicate_branches import DuplicateBranches
@@ -15,8 +16,10 @@ from spre_fx.passes.fold_branches import FoldBranches
 from spre_fx.passes.lower import Lower
 from spre_fx.passes.policy import Policy
 from spre_fx.passes.specialise_to_eval import SpecialiseToEval
-from spre_fx.passes.wire_masks import WireMasks
+from spre_fx.passes.wire_masks import BranchKind, WireMasks
+from spre_fx.passes.wire_unstructured import WireUnstructured
 from spre_fx.schedules import Schedule
+from spre_fx.unstructured import UnstructuredMethod
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,25 @@ class Pipeline:
 
 
 def training_pipeline(
-    policy: Policy, method: MaskMethod, schedule: Schedule, *, branch: bool, gamma: float
+    policy: Policy,
+    method: MaskMethod,
+    schedule: Schedule,
+    *,
+    branch: BranchKind | None,
+    gamma: float,
+    criterion: Criterion | None = None,
 ) -> Pipeline:
     """Dense graph -> training graph."""
-    wire = WireMasks(policy, method, schedule)
-    return Pipeline((DuplicateBranches(policy, gamma), wire) if branch else (wire,))
+    if isinstance(method, UnstructuredMethod):
+        return Pipeline((WireUnstructured(policy, method, schedule),))
+    if branch is None:
+        return Pipeline((WireMasks(policy, method, schedule),))
+    return Pipeline(
+        (
+            DuplicateBranches(policy, gamma),
+            WireMasks(policy, method, schedule, branch, criterion),
+        )
+    )
 
 
 def deployment_pipeline(backend: Backend) -> Pipeline:

@@ -4,6 +4,8 @@
     B^S        = B * taps               Eq. 8
     y_spre     = conv_spre(x, B^S)      second term of Eq. 9
 
+In the ablations of Fig. 5, B^S is B itself ("same") or B * not taps ("inverse").
+
 A schedule that counts steps becomes a node of its own, whose value goes to every layer.
 """
 
@@ -12,11 +14,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch.fx import GraphModule, Node
 
-from spre_fx import records
+from spre_fx import masks, records
+from spre_fx.criteria import Criterion, CriterionTaps
 from spre_fx.errors import InvariantError
 from spre_fx.methods import MaskMethod
 from spre_fx.modules import MaskSchedule, NMLayer, emit_masks, make_nm
@@ -28,6 +32,8 @@ from spre_fx.passes.policy import Policy
 from spre_fx.patterns import Pattern
 from spre_fx.schedules import Schedule
 
+BranchKind: TypeAlias = Literal["spre", "same", "inverse"]
+
 
 @dataclass(frozen=True)
 class WireMasks(Pass):
@@ -37,11 +43,15 @@ class WireMasks(Pass):
         policy: The pattern of each layer.
         method: How a mask is chosen and what gradient the weights receive.
         schedule: At which training forwards the masks are recomputed.
+        branch: How B^S is made: as in Eq. 8, or by one of the ablations of Fig. 5.
+        criterion: How B^U is chosen where a user calls `update_taps`; None: by magnitude.
     """
 
     policy: Policy
     method: MaskMethod
     schedule: Schedule
+    branch: BranchKind = "spre"
+    criterion: Criterion | None = None
 
     def rewrite(self, graph_module: GraphModule) -> Account:
         """Turn layers into their N:M kind and connect the masks."""
@@ -67,7 +77,7 @@ class WireMasks(Pass):
         if not self.schedule.counts_steps:
             return None
         device = next(graph_module.parameters()).device
-        schedule = MaskSchedule(self.schedule).to(device).train(graph_module.training)
+        schedule = MaskSchedule(self.schedule, self.method).to(device).train(graph_module.training)
         name = add_module(graph_module, "mask_schedule", schedule)
         first = next(node for node in graph_module.graph.nodes if node.op != "placeholder")
         with graph_module.graph.inserting_before(first):
@@ -84,7 +94,15 @@ class WireMasks(Pass):
             call.args, call.kwargs = (input_of(call), *([] if update is None else [update])), {}
         if isinstance(site, Site) and site.spre is not None:
             emit_masks(layer)
-            _wire(site.conv, site.spre)
+            if self.criterion is not None:
+                layer.live_taps = self._criterion_taps(layer)
+            _wire(site.conv, site.spre, self.branch)
+
+    def _criterion_taps(self, layer: NMLayer) -> CriterionTaps:
+        assert self.criterion is not None
+        taps = masks.live_taps(layer.weight, layer.pattern)
+        module = CriterionTaps(taps, layer.pattern, self.criterion, self.schedule)
+        return module.train(layer.training)
 
     def ensures(self, graph_module: GraphModule) -> None:
         """Every SpRe branch takes its mask from a conv."""
@@ -99,7 +117,7 @@ class WireMasks(Pass):
                 )
 
 
-def _wire(conv: Node, spre: SpReBranch) -> None:
+def _wire(conv: Node, spre: SpReBranch, branch: BranchKind) -> None:
     graph, users = conv.graph, list(conv.users)
 
     def node(target: Callable[..., object], args: tuple[Node | int, ...], what: str) -> Node:
@@ -109,8 +127,11 @@ def _wire(conv: Node, spre: SpReBranch) -> None:
         taps = node(operator.getitem, (conv, 2), "live_taps")
         mask = node(operator.getitem, (conv, 1), "nm_mask")
         y = node(operator.getitem, (conv, 0), "y")
+    if branch == "inverse":
+        with graph.inserting_after(taps):
+            taps = node(torch.logical_not, (taps,), "dead_taps")
     with graph.inserting_after(taps):
-        spre_mask = node(torch.mul, (mask, taps), "spre_mask")
+        spre_mask = mask if branch == "same" else node(torch.mul, (mask, taps), "spre_mask")
     for user in users:
         user.replace_input_with(conv, y)
     spre.conv.args = (input_of(spre.conv), spre_mask)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from spre_fx.criteria import SNIP, Criterion, GraSP, Taylor, update_taps
 from spre_fx.errors import (
     InvariantError,
     ModelError,
@@ -21,9 +22,11 @@ from spre_fx.errors import (
     TraceError,
     VerificationError,
 )
+from spre_fx.lbc import LBC
 from spre_fx.methods import ASP, SRSTE, MaskMethod
 from spre_fx.patterns import Pattern
-from spre_fx.schedules import EveryK, EveryStep, Freeze, Schedule
+from spre_fx.schedules import CubicRamp, EveryK, EveryStep, Freeze, Schedule
+from spre_fx.unstructured import GMP, GraNet, RigL, UnstructuredMethod
 
 if TYPE_CHECKING:
     from spre_fx.api import finalize, prepare
@@ -35,28 +38,39 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ASP",
+    "GMP",
+    "LBC",
+    "SNIP",
     "SRSTE",
+    "Criterion",
+    "CubicRamp",
     "Diff",
     "EveryK",
     "EveryStep",
     "Freeze",
+    "GraNet",
+    "GraSP",
     "InvariantError",
     "MaskMethod",
     "ModelError",
     "OptionError",
     "Pattern",
     "PatternError",
+    "RigL",
     "Schedule",
     "SiteInfo",
     "SpreError",
     "State",
+    "Taylor",
     "TraceError",
+    "UnstructuredMethod",
     "VerificationError",
     "diff",
     "finalize",
     "plot_spatial_sparsity",
     "prepare",
     "sites",
+    "update_taps",
 ]
 
 _HOME = {

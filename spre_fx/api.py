@@ -12,28 +12,33 @@ from torch.fx import GraphModule
 
 from spre_fx.backends import DenseBackend
 from spre_fx.checks import check_model, check_tensors, is_prepared
+from spre_fx.criteria import SNIP, Criterion, GraSP, Taylor
 from spre_fx.errors import ModelError, OptionError, TraceError
 from spre_fx.inspection import uncalled_layers
+from spre_fx.lbc import LBC
 from spre_fx.methods import ASP, SRSTE, MaskMethod
 from spre_fx.passes.base import Account
 from spre_fx.passes.graph_view import GraphView
 from spre_fx.passes.pipeline import deployment_pipeline, training_pipeline
 from spre_fx.passes.policy import Policy
 from spre_fx.passes.tracer import trace
+from spre_fx.passes.wire_masks import BranchKind
 from spre_fx.patterns import Pattern
 from spre_fx.schedules import Schedule
+from spre_fx.unstructured import GMP, GraNet, RigL, UnstructuredMethod
 
 
 def prepare(
     model: nn.Module,
     pattern: str | Pattern = "2:4",
     *,
-    method: Literal["sr-ste", "asp"] | MaskMethod = "sr-ste",
-    branch: Literal["spre"] | None = "spre",
+    method: Literal["sr-ste", "asp", "lbc", "gmp", "rigl", "granet"] | MaskMethod = "sr-ste",
+    branch: Literal["auto", "spre", "same", "inverse"] | None = "auto",
     exclude: str | type[nn.Module] | Sequence[str | type[nn.Module]] = (),
     overrides: Mapping[str, str | Pattern | None] | None = None,
     schedule: Schedule | None = None,
     spre_gamma: float | None = None,
+    criterion: Literal["magnitude", "taylor", "snip", "grasp"] | Criterion = "magnitude",
 ) -> GraphModule:
     """Make a model ready for N:M sparse training with Spatial Re-parameterization.
 
@@ -48,18 +53,26 @@ def prepare(
     Args:
         model: Any module that `torch.fx` can trace. Never modified.
         pattern: "N:M": at most N non-zeros in every M consecutive input channels.
-        method: "sr-ste" to train from scratch, "asp" to fine-tune pre-trained weights, or a
-            `MaskMethod`.
-        branch: "spre", or None for the plain N:M method.
+        method: "sr-ste" or "lbc" to train from scratch, "asp" to fine-tune pre-trained weights, or
+            a `MaskMethod`. "gmp", "rigl" and "granet" are unstructured baselines: single weights
+            are zeroed, at the sparsity 1 - N/M, in the layers the pattern could go on.
+        branch: "spre", None for the plain N:M method, or an ablation of Fig. 5: "same" for
+            B^S = B, "inverse" for B at the taps that are not live. (The paper's sentence on Inverse
+            repeats the rule of SpRe itself; it is taken to mean the complement.) "auto" is "spre"
+            for N:M methods, and None for unstructured ones, which can have no branch.
         exclude: Layers to leave dense: names, globs, or module types. The name of a module with
             layers inside excludes them all, and lets a model be prepared around a module that
             `torch.fx` cannot follow.
         overrides: Name or glob -> another pattern, or None for dense. The last match wins.
         schedule: At which training forwards the masks are recomputed. Default: the method's, which
-            is every one for SR-STE and never for ASP.
+            is every one for SR-STE and never for ASP. LBC, GMP and GraNet need a `CubicRamp`,
+            RigL a `Freeze` around an `EveryK`.
         spre_gamma: Starting value of gamma of the SpRe branch's batch norm. Default: the method's,
             1 from scratch and 0 on pre-trained weights, where the network then computes at the
             first step what N:M alone computes. The 0 is our deviation; the paper starts at random.
+        criterion: How B^U is chosen, and with it the live taps. All but "magnitude" need gradients:
+            call `spre_fx.update_taps` in the training loop. Until its first call taps are those of
+            magnitude.
 
     Returns:
         A GraphModule in the training mode of `model`, on its device.
@@ -72,8 +85,9 @@ def prepare(
             uninitialised, on the meta device, or holds values that are not finite.
     """
     mask_method = _method(method)
-    if branch not in ("spre", None):
-        raise OptionError(f"branch={branch!r}: expected 'spre' or None.")
+    branch_kind = _branch(branch, mask_method)
+    mask_schedule = mask_method.schedule if schedule is None else schedule
+    scores = _criterion(criterion, branch_kind)
     policy = Policy(
         pattern=Pattern.parse(pattern),
         exclude=_by_name(model, (exclude,) if isinstance(exclude, str | type) else exclude),
@@ -82,6 +96,8 @@ def prepare(
             for rule, other in (overrides or {}).items()
         },
     )
+    patterns = {policy.pattern, *policy.overrides.values()} - {None}
+    mask_method.check([p for p in patterns if p is not None], mask_schedule)
     check_model(model)
     if is_prepared(model):
         raise ModelError(
@@ -94,9 +110,10 @@ def prepare(
     passes = training_pipeline(
         policy,
         mask_method,
-        mask_method.schedule if schedule is None else schedule,
-        branch=branch == "spre",
+        mask_schedule,
+        branch=branch_kind,
         gamma=mask_method.spre_gamma if spre_gamma is None else spre_gamma,
+        criterion=scores,
     )
     prepared, accounts = passes.run_in_place(graph_module)
     _check_any_sparse(accounts[-1])
@@ -135,7 +152,14 @@ def finalize(prepared: GraphModule, backend: Literal["dense"] = "dense") -> Grap
 def _method(method: str | MaskMethod) -> MaskMethod:
     if isinstance(method, MaskMethod):
         return method
-    known: dict[str, type[MaskMethod]] = {"sr-ste": SRSTE, "asp": ASP}
+    known: dict[str, type[MaskMethod]] = {
+        "sr-ste": SRSTE,
+        "asp": ASP,
+        "lbc": LBC,
+        "gmp": GMP,
+        "rigl": RigL,
+        "granet": GraNet,
+    }
     if method not in known:
         raise OptionError(f"method={method!r}: expected one of {list(known)} or a MaskMethod.")
     return known[method]()
@@ -156,6 +180,47 @@ def _by_name(
         ]
         found += names or [rule]
     return tuple(found)
+
+
+def _branch(branch: str | None, method: MaskMethod) -> BranchKind | None:
+    kinds: dict[str | None, BranchKind | None] = {
+        None: None,
+        "auto": None if isinstance(method, UnstructuredMethod) else "spre",
+        "spre": "spre",
+        "same": "same",
+        "inverse": "inverse",
+    }
+    if branch not in kinds:
+        raise OptionError(
+            f"branch={branch!r}: expected one of 'auto', 'spre', 'same', 'inverse' or None."
+        )
+    if isinstance(method, UnstructuredMethod) and kinds[branch] is not None:
+        raise OptionError(
+            f"branch={branch!r}: expected None with {type(method).__name__}, whose masks are "
+            "unstructured: a SpRe branch repairs the spatial sparsity of N:M masks."
+        )
+    return kinds[branch]
+
+
+def _criterion(criterion: str | Criterion, branch: BranchKind | None) -> Criterion | None:
+    known: dict[str, type[Criterion] | None] = {
+        "magnitude": None,
+        "taylor": Taylor,
+        "snip": SNIP,
+        "grasp": GraSP,
+    }
+    if isinstance(criterion, str) and criterion not in known:
+        raise OptionError(f"criterion={criterion!r}: expected one of {list(known)} or a Criterion.")
+    kind = known[criterion] if isinstance(criterion, str) else None
+    chosen = kind() if kind is not None else None
+    if isinstance(criterion, Criterion):
+        chosen = criterion
+    if chosen is not None and branch in (None, "same"):
+        raise OptionError(
+            f"criterion={criterion!r}: expected branch='spre' or 'inverse', found {branch!r}, "
+            "which has no taps to choose."
+        )
+    return chosen
 
 
 def _trace_around(model: nn.Module, policy: Policy) -> GraphModule:

@@ -17,6 +17,7 @@ from spre_fx.passes.branches import masked_weight, spre_weight
 from spre_fx.passes.graph_view import Candidate, GraphView
 from spre_fx.passes.matcher import Site, match_site
 from spre_fx.passes.tracer import trace
+from spre_fx.unstructured import UnstructuredMethod
 
 
 class State(str, Enum):
@@ -27,6 +28,8 @@ class State(str, Enum):
     NM = "N:M"
     SPRE = "N:M + SpRe"
     DEPLOYED = "deployed N:M"
+    UNSTRUCTURED = "unstructured"
+    DEPLOYED_UNSTRUCTURED = "deployed unstructured"
 
     def __str__(self) -> str:
         return self.value
@@ -117,11 +120,12 @@ def _describe(view: GraphView, candidate: Candidate) -> SiteInfo:
         live_taps = _live_taps(kernels[1])
     nonzeros = [int(kernel.count_nonzero()) for kernel in kernels]
     record = records.read(module)
-    pattern = str(module.pattern) if isinstance(module, NMLayer) else record.get("pattern")
+    pattern = _pattern(module, record)
+    unstructured = "unstructured" in record or _is_unstructured(module)
     return SiteInfo(
         name=candidate.name,
         state=_state(module, record, live_taps),
-        structure=_structure(module, pattern, site),
+        structure=_structure(module, "unstructured" if unstructured else pattern, site),
         weight_shape=tuple(module.weight.shape),
         pattern=pattern,
         density=nonzeros[0] / module.weight.numel(),
@@ -153,12 +157,26 @@ def _describe_call(candidate: Candidate) -> SiteInfo:
     )
 
 
+def _is_unstructured(module: nn.Module) -> bool:
+    return isinstance(module, NMLayer) and isinstance(module.method, UnstructuredMethod)
+
+
+def _pattern(module: nn.Module, record: records.Record) -> str | None:
+    if isinstance(module, NMLayer):
+        return None if _is_unstructured(module) else str(module.pattern)
+    return record.get("pattern")
+
+
 def _live_taps(weight: Tensor) -> tuple[int, int]:
     taps = weight.flatten(2).count_nonzero(dim=(0, 1))
     return int(taps.count_nonzero()), taps.numel()
 
 
 def _state(module: nn.Module, record: records.Record, live_taps: object) -> State:
+    if _is_unstructured(module):
+        return State.UNSTRUCTURED
+    if "unstructured" in record:
+        return State.DEPLOYED_UNSTRUCTURED
     if isinstance(module, NMLayer):
         return State.NM if live_taps is None else State.SPRE
     if "pattern" in record:
@@ -166,9 +184,11 @@ def _state(module: nn.Module, record: records.Record, live_taps: object) -> Stat
     return State.SKIPPED if "reason" in record else State.DENSE
 
 
-def _structure(module: nn.Module, pattern: str | None, site: Site | None) -> str:
+def _structure(module: nn.Module, sparsity: str | None, site: Site | None) -> str:
     kind = type(module).__name__.removeprefix("NM")
-    main = f"N:M {kind}" if pattern else kind
+    main = kind
+    if sparsity is not None:
+        main = f"unstructured {kind}" if sparsity == "unstructured" else f"N:M {kind}"
     if site is None:
         return main
     return f"{main} -> BN" if site.spre is None else f"{main} -> BN + SpRe -> BN"

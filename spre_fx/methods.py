@@ -2,22 +2,25 @@
 
 A method is a small frozen dataclass. It answers which weights to keep (`nm_mask`) and how a weight
 is masked in the forward pass (`masked`), and names its default schedule and the starting value of
-gamma of the SpRe branch's batch norm.
+gamma of the SpRe branch's batch norm. A method whose mask is more than a function of the weight
+(LBC's has parameters) says so in `mask_module`.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spre_fx import masks
 from spre_fx.errors import OptionError
 from spre_fx.patterns import Pattern
+from spre_fx.scheduled_mask import ScheduledMask
 from spre_fx.schedules import EveryStep, Freeze, Schedule
 
 
@@ -46,6 +49,26 @@ class MaskMethod(ABC):
             A bool tensor of the shape of `weight`.
         """
         return masks.nm_mask(weight, pattern)
+
+    def check(self, patterns: Collection[Pattern], schedule: Schedule) -> None:  # noqa: B027
+        """Raise OptionError for a pattern or a schedule this method cannot work with."""
+
+    def mask_module(self, weight: Tensor, pattern: Pattern, *, keep: bool) -> nn.Module:
+        """The module `<site>.nm_mask`, called with the weight and the value of `signal`.
+
+        Args:
+            weight: `(C_out, C_in/groups, *kernel)`, detached.
+            pattern: The N:M pattern.
+            keep: Whether the mask outlives a step; if so it is taken from the weight now.
+        """
+        module = ScheduledMask(self.nm_mask, pattern)
+        if keep:
+            module.keep(weight)
+        return module
+
+    def signal(self, schedule: Schedule, step: Tensor) -> Tensor:
+        """What the mask modules are told at `step`, a tensor of shape (). By default: is_update."""
+        return schedule.is_update(step)
 
     @abstractmethod
     def masked(self, weight: Tensor, mask: Tensor) -> Tensor:

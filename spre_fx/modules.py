@@ -28,22 +28,24 @@ class MaskSchedule(nn.Module):
 
     Args:
         schedule: When to recompute.
+        method: The mask method, which may tell its masks more than that.
     """
 
     step: Tensor
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, method: MaskMethod) -> None:
         super().__init__()
         self.schedule = schedule
+        self.method = method
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(self) -> Tensor:
-        """A bool tensor of shape (): whether this is an update step. Never in evaluation."""
+        """A tensor of shape (): whether this is an update step. Never in evaluation."""
         if not self.training:
             return self.step < 0
-        if _inside_backward():  # activation checkpointing runs this step's forward once more
-            return self.schedule.is_update(self.step - 1)
-        update = self.schedule.is_update(self.step)
+        if inside_backward():  # activation checkpointing runs this step's forward once more
+            return self.method.signal(self.schedule, self.step - 1)
+        update = self.method.signal(self.schedule, self.step)
         self.step.add_(1)
         return update
 
@@ -52,7 +54,8 @@ class MaskSchedule(nn.Module):
         return repr(self.schedule)
 
 
-def _inside_backward() -> bool:
+def inside_backward() -> bool:
+    """Whether autograd is at work: a forward within it is that of activation checkpointing."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -65,13 +68,15 @@ class NMLayer(nn.Module):
     weight: Tensor
     pattern: Pattern
     method: MaskMethod
-    nm_mask: ScheduledMask
-    live_taps: ScheduledMask | None
+    nm_mask: nn.Module
+    live_taps: nn.Module | None
+    dense_gradient: nn.Module | None
 
     def masked_weight(self, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """B * W with the gradient of the mask method, and B."""
         mask: Tensor = self.nm_mask(self.weight, update)
-        return self.method.masked(self.weight, mask), mask
+        weight = self.method.masked(self.weight, mask)
+        return weight if self.dense_gradient is None else self.dense_gradient(weight), mask
 
     def extra_repr(self) -> str:
         """The layer's own, the pattern and the method."""
@@ -188,19 +193,20 @@ def make_nm(layer: Layer, pattern: Pattern, method: MaskMethod, *, keep_masks: b
     sparse: Any = layer
     sparse.pattern = pattern
     sparse.method = method
-    sparse.nm_mask = ScheduledMask(method.nm_mask, pattern).train(layer.training)
+    mask = method.mask_module(layer.weight.detach(), pattern, keep=keep_masks)
+    sparse.nm_mask = mask.train(layer.training)
     sparse.live_taps = None
-    if keep_masks:
-        sparse.nm_mask.keep(layer.weight)
+    sparse.dense_gradient = None  # of the unstructured methods: takes note of dL/d(B * W)
     nm_layer: NMLayer = sparse
     return nm_layer
 
 
 def emit_masks(layer: NMLayer) -> None:
     """Make a conv return `(y, B, live taps)` instead of `y`, in place."""
-    layer.live_taps = ScheduledMask(masks.live_taps, layer.pattern).train(layer.training)
-    if layer.nm_mask.mask is not None:
-        layer.live_taps.keep(layer.weight)
+    taps = ScheduledMask(masks.live_taps, layer.pattern).train(layer.training)
+    if isinstance(layer.nm_mask, ScheduledMask) and layer.nm_mask.mask is not None:
+        taps.keep(layer.weight)
+    layer.live_taps = taps
 
 
 def new_spre_conv(conv: _ConvNd) -> SpReConv:

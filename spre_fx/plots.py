@@ -15,6 +15,7 @@ from spre_fx import masks, records
 from spre_fx.errors import ModelError
 from spre_fx.modules import NMLayer
 from spre_fx.patterns import Pattern
+from spre_fx.unstructured import UnstructuredMethod
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +35,8 @@ def plot_spatial_sparsity(model: nn.Module, path: str | os.PathLike[str] | None 
     One heat map per site: the fraction of zeros at each tap of B^U, the unstructured mask of the
     main weights at rate 1 - N/M. The taps where it is below 1 - N/M are those where the SpRe branch
     works (Eq. 8); the live taps of a site with a branch are outlined, as the masks in force have
-    them. Kernels of 3-D convs are shown as slices side by side, those of 1-D convs as a row.
+    them. Of a layer that an unstructured baseline trains, its own mask is drawn. Kernels of 3-D
+    convs are shown as slices side by side, those of 1-D convs as a row.
 
     Needs matplotlib: `pip install 'spre_fx[plot]'`. The figure belongs to no window; in a notebook,
     `%matplotlib inline` shows it.
@@ -90,7 +92,7 @@ def _sites(model: nn.Module) -> list[_Site]:
     for name, layer in model.named_modules():
         if not isinstance(layer, NMLayer) or layer.weight.shape[2:].numel() == 1:
             continue
-        sparsity = masks.spatial_sparsity(masks.unstructured_mask(layer.weight, layer.pattern))
+        sparsity = masks.spatial_sparsity(_unstructured_mask(layer))
         no_taps = torch.zeros_like(sparsity, dtype=torch.bool)
         live = no_taps if layer.live_taps is None else layer.live_taps(layer.weight, None)
         found.append(_Site(name, layer.pattern, sparsity.cpu(), live.cpu()))
@@ -100,6 +102,13 @@ def _sites(model: nn.Module) -> list[_Site]:
             f"tap, found {_found_instead(model)}"
         )
     return found
+
+
+def _unstructured_mask(layer: NMLayer) -> Tensor:
+    """B^U, or the very mask of a layer that is sparse without a pattern."""
+    if isinstance(layer.method, UnstructuredMethod):
+        return layer.masked_weight()[1]
+    return masks.unstructured_mask(layer.weight, layer.pattern)
 
 
 def _found_instead(model: nn.Module) -> str:

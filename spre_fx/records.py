@@ -22,12 +22,14 @@ class Record(TypedDict, total=False):
         reason: Why it was skipped, one word or two.
         note: The sentence for people: why it was skipped, or why it has no SpRe branch.
         backend: What it was lowered to.
+        unstructured: The unstructured method that chose its zeros, which obey no pattern.
     """
 
     pattern: str
     reason: str
     note: str
     backend: str
+    unstructured: str
 
 
 def read(module: nn.Module) -> Record:

@@ -42,12 +42,33 @@ class ScheduledMask(nn.Module):
             return self.compute(weight, self.pattern)
         if update is None:
             return self.mask
-        if self.training and _may_be_true(update):
+        if self.training and may_be_true(update):
             self.mask.copy_(torch.where(update, self.compute(weight, self.pattern), self.mask))
         # The next update writes into the buffer while autograd may still hold what is returned.
         return self.mask.clone()
 
 
-def _may_be_true(update: Tensor) -> bool:
+def may_be_true(update: Tensor) -> bool:
     """False where the value is known at no cost to be False: in eager mode on the CPU."""
     return torch.compiler.is_compiling() or update.device.type != "cpu" or bool(update)
+
+
+class KeptMask(nn.Module):
+    """A mask that is updated from outside, by a node that looks at all layers at once.
+
+    Args:
+        weight: `(C_out, C_in/groups, *kernel)`.
+
+    Attributes:
+        mask: The mask in force, bool, all ones at first.
+    """
+
+    mask: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
+
+    def forward(self, weight: Tensor, mask: Tensor | None) -> Tensor:  # noqa: ARG002
+        """The mask that comes along the edge of the graph; without one, that in force."""
+        return self.mask if mask is None else mask

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from spre_fx.errors import OptionError
@@ -107,3 +108,47 @@ class Freeze(Schedule):
     def counts_steps(self) -> bool:
         """False when frozen from the start."""
         return self.at > 0
+
+
+@dataclass(frozen=True)
+class CubicRamp(Schedule):
+    """Remove more and more from step `start` to step `end`, fast at first, along a cubic curve.
+
+    Eq. 1 of Zhu & Gupta, 2017: `s_t = s_f + (s_i - s_f) * (1 - (t - start) / (end - start))^3`.
+    Used by LBC, GMP and GraNet, which ask it how much is gone; another mask method follows it as
+    any schedule, and recomputes its masks at the update steps.
+
+    Attributes:
+        start: First update step (t_i of LBC).
+        end: Last update step (t_f of LBC): from there on the final sparsity holds.
+        every: Training forwards from one update to the next.
+
+    Raises:
+        OptionError: Unless 0 <= start < end and every >= 1.
+    """
+
+    start: int
+    end: int
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end:
+            raise OptionError(
+                f"CubicRamp(start={self.start}, end={self.end}): expected 0 <= start < end."
+            )
+        if self.every < 1:
+            raise OptionError(f"CubicRamp(every={self.every}): expected every >= 1 forwards.")
+
+    def is_update(self, step: Tensor) -> Tensor:
+        """True every `every` steps from `start` on, and at `end`."""
+        on_beat = ((step - self.start) % self.every == 0) | (step == self.end)
+        return on_beat & (step >= self.start) & (step <= self.end)
+
+    def left(self, step: Tensor) -> Tensor:
+        """The share of what is to be removed that is still there, float64: 1 at start, 0 at end."""
+        progress = (step - self.start).to(torch.float64) / (self.end - self.start)
+        return (1 - progress.clamp(0, 1)) ** 3
+
+    def sparsity(self, step: Tensor, final: float, initial: float = 0.0) -> Tensor:
+        """Fraction of zeros at `step`, on the way from `initial` to `final`."""
+        return final + (initial - final) * self.left(step)

@@ -9,6 +9,9 @@ from torch import nn
 from torchvision.models import resnet18
 
 import spre_fx
+from spre_fx.passes import match_site
+from spre_fx.passes.branches import spre_weight
+from spre_fx.passes.graph_view import GraphView
 
 
 def small_net(channels: int = 16) -> nn.Sequential:
@@ -57,6 +60,8 @@ METHODS = [
     {"method": spre_fx.SRSTE(decay=1e-3), "schedule": spre_fx.EveryK(2)},
     {"method": "sr-ste", "schedule": spre_fx.Freeze(at=2)},
     {"method": "sr-ste", "branch": None},
+    {"method": "sr-ste", "branch": "same"},
+    {"method": "asp", "branch": "inverse"},
 ]
 
 
@@ -71,6 +76,29 @@ def test_finalized_equals_prepared_in_evaluation(options, pattern, images):
     with torch.no_grad():
         expected = prepared.eval()(images)
         torch.testing.assert_close(deployed(images), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [None, spre_fx.EveryK(2)], ids=repr)
+def test_the_ablations_of_fig_5_are_wired_in_the_graph(schedule, images):
+    masks = {}
+    for branch in ("spre", "same", "inverse"):
+        torch.manual_seed(0)
+        prepared = spre_fx.prepare(small_net(), "1:4", branch=branch, schedule=schedule)
+        train(prepared, images)
+        (conv,) = (node for node in prepared.graph.nodes if node.target == "3_spre")
+        mask = conv.args[1]
+        masks[branch] = mask.name, [argument.name for argument in mask.all_input_nodes]
+        view = GraphView(prepared)
+        site = match_site(view, view.candidates["3"])
+        layer = prepared.get_submodule("3")
+        nm, live = layer.masked_weight()[1], layer.live_taps(layer.weight, None)
+        expected = {"spre": nm & live, "same": nm, "inverse": nm & ~live}[branch]
+        assert torch.equal(spre_weight(site) != 0, expected)
+    assert masks == {
+        "spre": ("_3_spre_mask", ["_3_nm_mask", "_3_live_taps"]),
+        "same": ("_3_nm_mask", ["_3"]),
+        "inverse": ("_3_spre_mask", ["_3_nm_mask", "_3_dead_taps"]),
+    }
 
 
 def test_deployed_layers_are_ordinary_and_obey_the_pattern(images):
@@ -210,7 +238,12 @@ REFUSED = [
     (small_net, {"pattern": "4:2"}, spre_fx.PatternError, "4:2 is not"),
     (small_net, {"overrides": {"3": "8:4"}}, spre_fx.PatternError, "8:4 is not"),
     (small_net, {"method": "magic"}, spre_fx.OptionError, r"'magic': expected one of \['sr-ste'"),
-    (small_net, {"branch": "both"}, spre_fx.OptionError, "'both': expected 'spre' or None"),
+    (
+        small_net,
+        {"branch": "both"},
+        spre_fx.OptionError,
+        "'both': expected one of 'auto', 'spre', 'same'",
+    ),
     (small_net, {"exclude": "layer9.*"}, spre_fx.OptionError, r"'layer9\.\*' matches no conv"),
     (small_net, {"exclude": [nn.Conv3d]}, spre_fx.OptionError, "'Conv3d' matches no conv"),
     (small_net, {"overrides": {"nope": None}}, spre_fx.OptionError, "overrides: 'nope' matches"),

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spre_fx.errors import OptionError
-from spre_fx.schedules import EveryK, EveryStep, Freeze, Schedule
+from spre_fx.schedules import CubicRamp, EveryK, EveryStep, Freeze, Schedule
 
-SCHEDULES = [EveryStep(), EveryK(3), Freeze(5), Freeze(5, EveryK(2)), Freeze(0)]
+SCHEDULES = [EveryStep(), EveryK(3), Freeze(5), Freeze(5, EveryK(2)), Freeze(0), CubicRamp(2, 9, 3)]
 
 
 def updates(schedule: Schedule, steps: range = range(21)) -> list[int]:
@@ -36,6 +36,9 @@ def updates(schedule: Schedule, steps: range = range(21)) -> list[int]:
         (Freeze(9, Freeze(3)), [0, 1, 2]),
         (Freeze(3, Freeze(9)), [0, 1, 2]),
         (Freeze(0, EveryK(2)), []),
+        (CubicRamp(2, 8, 3), [2, 5, 8]),
+        (CubicRamp(2, 9, 3), [2, 5, 8, 9]),
+        (CubicRamp(17, 40), [17, 18, 19, 20]),
     ],
     ids=repr,
 )
@@ -76,6 +79,7 @@ def test_the_answer_stays_on_the_device_of_the_step(schedule: Schedule) -> None:
         (Freeze(5), True, True),
         (Freeze(5, EveryK(2)), True, True),
         (Freeze(0), True, False),
+        (CubicRamp(2, 9), True, True),
     ],
     ids=repr,
 )
@@ -97,6 +101,28 @@ def test_freeze_refuses_a_negative_step() -> None:
     with pytest.raises(OptionError) as refusal:
         Freeze(-1)
     assert str(refusal.value) == "Freeze(at=-1): expected a step >= 0."
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((5, 5), "CubicRamp(start=5, end=5): expected 0 <= start < end."),
+        ((-1, 5), "CubicRamp(start=-1, end=5): expected 0 <= start < end."),
+        ((0, 5, 0), "CubicRamp(every=0): expected every >= 1 forwards."),
+    ],
+)
+def test_a_ramp_refuses(options: tuple[int, ...], words: str) -> None:
+    with pytest.raises(OptionError) as refusal:
+        CubicRamp(*options)
+    assert str(refusal.value) == words
+
+
+def test_a_ramp_follows_the_cubic_of_zhu_and_gupta() -> None:
+    ramp = CubicRamp(10, 20)
+    found = [ramp.sparsity(torch.tensor(step), 0.9, 0.1).item() for step in (0, 10, 15, 18, 20, 99)]
+    expected = [0.1, 0.1, 0.9 - 0.8 * 0.5**3, 0.9 - 0.8 * 0.2**3, 0.9, 0.9]
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert ramp.left(torch.tensor(15)).dtype is torch.float64
 
 
 def test_a_freeze_of_a_bad_schedule_is_refused_by_the_bad_one() -> None:

@@ -1,0 +1,175 @@
+"""LBC: the N:M mask as the best of all combinations of N out of M, learnt with the weights.
+
+Zhang, Lin, Lin, Luo, Li, Chao, Wu and Ji, "Learning best combination for efficient N:M sparsity",
+NeurIPS 2022, as the authors' code (zyxxmu/LBC) has it. Each group of M weights has one score per
+combination of N of them. For a group with scores s, the combinations still there R, and A the 0-1
+matrix of combinations and members:
+
+    forward    B_i = 1 if a combination of R holds member i, else 0
+    backward   dL/ds_c = sum_i A_ci * dL/dB_i  for c in R, 0 for the removed      (straight through)
+               hence, with y computed from B * W:  dL/ds_c = sum_{i in c} W_i * dL/d(B_i W_i)
+    removal    at an update step t, the lowest scores of each group go until
+               1 + ceil((C - 1) * (1 - (t - t_i) / (t_f - t_i))^3)  of its C combinations are left
+
+Scores start at 1 / C(M-1, N-1), so that those of the combinations that hold a member sum to 1.
+Weights take the gradient B * g. Deviations: a member is held if a combination of R holds it, not
+if the scores of those sum to something other than 0, which for learnt scores is the same but by
+accident; removed combinations are a buffer, not scores set to 0; equal scores go by index; t
+counts training forwards, not epochs.
+
+Before t_f, B holds more than N of M. Evaluation, `finalize` and `sites` therefore take the one
+remaining combination with the highest score, which is what would be left: always N:M. (The
+authors evaluate with B as it stands; the two are the same from t_f on.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import combinations
+from math import comb
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spre_fx.errors import OptionError
+from spre_fx.methods import MaskMethod
+from spre_fx.patterns import Pattern
+from spre_fx.scheduled_mask import may_be_true
+from spre_fx.schedules import CubicRamp, Schedule
+
+
+@dataclass(frozen=True)
+class LBC(MaskMethod):
+    """LBC (Zhang et al., NeurIPS 2022): a learnt score per combination, the best one is left.
+
+    Needs `schedule=CubicRamp(t_i, t_f)`. The scores `<site>.nm_mask.scores` are parameters: the
+    optimizer has to get them, with the others of the prepared model. With a SpRe branch they take
+    the gradient of both branches, since B^S is made of B.
+
+    Attributes:
+        most: Combinations of N out of M that are let in. 1,000 scores per group of 16 weights are
+            already 60 times the weights.
+
+    Raises:
+        OptionError: If most < 2.
+    """
+
+    most: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.most < 2:
+            raise OptionError(f"LBC(most={self.most}): expected most >= 2 combinations.")
+
+    def check(self, patterns: Collection[Pattern], schedule: Schedule) -> None:
+        """Refuse patterns with too many combinations, and schedules that are no ramp."""
+        for pattern in patterns:
+            count = comb(pattern.m, pattern.n)
+            if count > self.most:
+                raise OptionError(
+                    f"LBC: {pattern} has {count:,} combinations of {pattern.n} out of "
+                    f"{pattern.m}, each with a score in every group; expected at most "
+                    f"{self.most:,}. Take a smaller M, another method, or LBC(most={count})."
+                )
+        if not isinstance(schedule, CubicRamp):
+            raise OptionError(
+                f"LBC: expected schedule=CubicRamp(t_i, t_f), the steps between which combinations "
+                f"are removed, found {schedule}."
+            )
+
+    def mask_module(self, weight: Tensor, pattern: Pattern, *, keep: bool) -> nn.Module:  # noqa: ARG002
+        """The scores and what is left of the combinations; always kept."""
+        return CombinationMask(weight, pattern)
+
+    def signal(self, schedule: Schedule, step: Tensor) -> Tensor:
+        """The share of the combinations to be left, negative where none are to be removed."""
+        assert isinstance(schedule, CubicRamp)
+        return torch.where(schedule.is_update(step), schedule.left(step), -1.0)
+
+    def masked(self, weight: Tensor, mask: Tensor) -> Tensor:
+        """B * W, with the ordinary gradients: B * g to W, W * g to B and so to the scores."""
+        return weight * mask
+
+
+class CombinationMask(nn.Module):
+    """B of LBC: scores, removed combinations, and the mask they make.
+
+    Args:
+        weight: `(C_out, C_in/groups, *kernel)`. A last partial group counts as padded with zeros;
+            combinations that spend members on the padding are removed from the start.
+        pattern: The N:M pattern.
+
+    Attributes:
+        scores: Parameter `(C_out, groups, *kernel, C)`, one per combination.
+        removed: Bool buffer of the same shape.
+        members: The 0-1 matrix A, `(C, M)`; not in the `state_dict`.
+    """
+
+    removed: Tensor
+    members: Tensor
+
+    def __init__(self, weight: Tensor, pattern: Pattern) -> None:
+        super().__init__()
+        self.pattern = pattern
+        self.channels = weight.shape[1]
+        groups = -(-self.channels // pattern.m)
+        shape = (len(weight), groups, *weight.shape[2:], comb(pattern.m, pattern.n))
+        start = 1 / comb(pattern.m - 1, pattern.n - 1)
+        self.scores = nn.Parameter(weight.new_full(shape, start))
+        self.register_buffer("removed", torch.zeros_like(self.scores, dtype=torch.bool))
+        rows = [
+            [float(member in chosen) for member in range(pattern.m)]
+            for chosen in combinations(range(pattern.m), pattern.n)
+        ]
+        self.register_buffer("members", weight.new_tensor(rows), persistent=False)
+        last = self.channels - (groups - 1) * pattern.m
+        wasteful = self.members[:, :last].sum(1) < min(pattern.n, last)
+        self.removed[:, -1] = wasteful
+
+    def forward(self, weight: Tensor, left: Tensor | None) -> Tensor:  # noqa: ARG002
+        """B in the dtype of the scores.
+
+        Args:
+            weight: `(C_out, C_in/groups, *kernel)`; B does not depend on it.
+            left: What `LBC.signal` says, in the graph of a model. None: the best combinations.
+        """
+        if left is None or not self.training:
+            return self._to_weight(self.members[self._ranking()[..., 0]])
+        if may_be_true(left >= 0):
+            removed = self._inverse_ranking() >= self._card(left)
+            self.removed.logical_or_(removed & (left >= 0))
+        mask: Tensor = _Held.apply(self.scores, self.members, self.removed.clone())
+        return self._to_weight(mask)
+
+    def _card(self, left: Tensor) -> Tensor:
+        """Combinations left in each group at this share of them."""
+        return 1 + ((self.scores.shape[-1] - 1) * left).ceil().to(torch.int64)
+
+    def _ranking(self) -> Tensor:
+        """Combinations of each group from the highest score down, the removed ones last."""
+        scores = self.scores.detach().masked_fill(self.removed, -torch.inf)
+        return scores.argsort(dim=-1, descending=True, stable=True)
+
+    def _inverse_ranking(self) -> Tensor:
+        """The place of each combination in that ranking."""
+        return self._ranking().argsort(-1)
+
+    def _to_weight(self, groups: Tensor) -> Tensor:
+        """`(C_out, groups, *kernel, M)` -> `(C_out, C_in/groups, *kernel)`."""
+        return groups.movedim(-1, 2).flatten(1, 2)[:, : self.channels]
+
+
+class _Held(torch.autograd.Function):
+    """Which members the remaining combinations hold; the gradient goes straight to the scores."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, members: Tensor, removed: Tensor) -> Tensor:
+        ctx.save_for_backward(members, removed)
+        return ((~removed).to(scores.dtype) @ members > 0).to(scores.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        members, removed = ctx.saved_tensors
+        (gradient,) = gradients
+        return (gradient @ members.T).masked_fill(removed, 0.0), None, None
