@@ -13,6 +13,7 @@ from spre_fx.passes.base import Account, Pass
 from spre_fx.passes.duplicate_branches import DuplicateBranches
 from spre_fx.passes.fold_branches import FoldBranches
 from spre_fx.passes.lower import Lower
+from spre_fx.passes.permute_channels import PermuteChannels
 from spre_fx.passes.policy import Policy
 from spre_fx.passes.specialise_to_eval import SpecialiseToEval
 from spre_fx.passes.wire_masks import WireMasks
@@ -47,8 +48,10 @@ def training_pipeline(
     policy: Policy, method: MaskMethod, schedule: Schedule, *, branch: bool, gamma: float
 ) -> Pipeline:
     """Dense graph -> training graph."""
-    wire = WireMasks(policy, method, schedule)
-    return Pipeline((DuplicateBranches(policy, gamma), wire) if branch else (wire,))
+    search = method.permutation
+    permute = () if search is None else (PermuteChannels(policy, search),)
+    duplicate = (DuplicateBranches(policy, gamma),) if branch else ()
+    return Pipeline((*permute, *duplicate, WireMasks(policy, method, schedule)))
 
 
 def deployment_pipeline(backend: Backend) -> Pipeline:

@@ -23,6 +23,7 @@ from spre_fx.errors import (
 )
 from spre_fx.methods import ASP, SRSTE, MaskMethod
 from spre_fx.patterns import Pattern
+from spre_fx.permutation import ChannelPermutation
 from spre_fx.schedules import EveryK, EveryStep, Freeze, Schedule
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ASP",
+    "ChannelPermutation",
     "SRSTE",
     "Diff",
     "EveryK",

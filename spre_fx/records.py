@@ -22,12 +22,14 @@ class Record(TypedDict, total=False):
         reason: Why it was skipped, one word or two.
         note: The sentence for people: why it was skipped, or why it has no SpRe branch.
         backend: What it was lowered to.
+        permutation: What became of the order of its input channels.
     """
 
     pattern: str
     reason: str
     note: str
     backend: str
+    permutation: str
 
 
 def read(module: nn.Module) -> Record:
@@ -44,4 +46,4 @@ def write(module: nn.Module, record: Record) -> None:
 def note(module: nn.Module | None, reason: object, detail: str) -> None:
     """Write down why `module` was skipped, where there is a module to write on."""
     if module is not None:
-        write(module, Record(reason=str(reason), note=detail))
+        write(module, read(module) | Record(reason=str(reason), note=detail))
