@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from networkx.utils import UnionFind
@@ -141,13 +142,28 @@ class ChannelFlow:
                 sets[tuple(numbers)].append(atom)
         return [tuple(atoms) for atoms in sets.values() if len(atoms) > 1]
 
+    @cached_property
+    def _resolved_slots(self) -> list[tuple[Slot, Atoms]]:
+        return [(slot, self.resolve(slot.atoms)) for slot in self.slots.values()]
+
+    @cached_property
+    def _followers(self) -> dict[int, list[int]]:
+        """The slots, by number, that each atom stands in."""
+        followers: dict[int, list[int]] = defaultdict(list)
+        for number, (_, atoms) in enumerate(self._resolved_slots):
+            for atom in set(atoms):
+                followers[atom].append(number)
+        return followers
+
     @torch.no_grad()
     def reorder(self, goes_to: dict[int, int]) -> None:
-        """Put, wherever atom `a` stands, the channel of atom `goes_to[a]`."""
-        for slot in self.slots.values():
-            atoms = self.resolve(slot.atoms)
-            if goes_to.keys().isdisjoint(atoms):
-                continue
+        """Put, wherever atom `a` stands, the channel of atom `goes_to[a]`.
+
+        Call it when all arrays are known.
+        """
+        slots = dict.fromkeys(number for atom in goes_to for number in self._followers[atom])
+        for number in slots:
+            slot, atoms = self._resolved_slots[number]
             source = torch.tensor(_sources(atoms, goes_to), device=slot.tensor.device)
             if slot.groups == 1:
                 slot.tensor.copy_(slot.tensor.index_select(slot.axis, source))

@@ -45,7 +45,7 @@ def _from_right(value: Channels, dim: Any) -> int | None:
 
 def _flatten(value: Channels, args: Sequence[Any]) -> Channels | None:
     """Channels and everything behind them become one axis: each channel spans what was behind."""
-    start, end = (*args, *(0, -1)[len(args) :])
+    start, end = (*args, *(0, -1)[len(args) :])[:2]
     if value.ndim is None or value.spread:
         return None
     if (start, end) in ((1, -1), (1, value.ndim - 1)) and value.is_feature_map:
@@ -122,9 +122,9 @@ def _transpose(value: Channels, args: Sequence[Any]) -> Channels | None:
     axes = [_from_right(value, dim) for dim in args]
     if len(axes) != 2 or None in axes or value.spread:
         return None
-    if value.axis in axes:
-        return replace(value, axis=axes[1 - axes.index(value.axis)])
-    return value
+    first, second = axes
+    moved = {first: second, second: first}.get(value.axis, value.axis)
+    return None if moved is None else replace(value, axis=moved)
 
 
 def _chunk(value: Channels, args: Sequence[Any]) -> list[Channels] | None:

@@ -15,14 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
 from spre_fx import masks, records
 from spre_fx.errors import InvariantError
 from spre_fx.modules import Layer, NMLayer, SpReConv
 from spre_fx.passes.base import Account, Pass, Reason, Skip
-from spre_fx.passes.channel_flow import Atoms, ChannelFlow
+from spre_fx.passes.channel_flow import Atoms, ChannelFlow, Fixed
 from spre_fx.passes.channel_rules import follow_channels
 from spre_fx.passes.graph_view import Candidate, GraphView
 from spre_fx.passes.policy import Policy
@@ -73,9 +72,10 @@ class PermuteChannels(Pass):
         }
         before = {name: taker.kept() for name, taker in takers.items()}
         moved = self._reorder_all(flow, takers)
+        fixed = flow.fixed()
         for name, taker in takers.items():
             if name not in moved:
-                skipped[name] = taker.reason_to_stay(flow)
+                skipped[name] = taker.reason_to_stay(fixed)
             taker.note(before[name], skipped.get(name))
         return Account(tuple(name for name in takers if name not in skipped), skipped)
 
@@ -108,7 +108,7 @@ class _Taker:
         self.spread = incoming is not None and incoming.spread
         self.atoms: Atoms = () if incoming is None else flow.resolve(incoming.atoms)
         self.present = set(self.atoms)
-        self.movable: set[int] = set()
+        self.movable = False
         self.done = _note_of(self.layer).startswith(f"{pattern} ")
 
     def kept(self) -> float:
@@ -131,11 +131,11 @@ class _Taker:
         magnitude = weight.abs().transpose(0, 1).reshape(channels, -1)
         return Consumer(magnitude, self.pattern, slots)
 
-    def reason_to_stay(self, flow: ChannelFlow) -> Skip:
+    def reason_to_stay(self, fixed: Mapping[int, Fixed]) -> Skip:
         """Why the input channels kept their order."""
-        fixed = flow.fixed()
-        if self.done:
-            return Skip(Reason.ALREADY_DONE, f"{self.name}: its channels were permuted before")
+        if self.movable and self.done:
+            detail = f"its input channels were put in order before, for {self.pattern}"
+            return Skip(Reason.ALREADY_DONE, f"{self.name}: {detail}")
         if self.movable:
             detail = "no exchange of its input channels was found to keep more magnitude"
             return Skip(Reason.BEST_ORDER, f"{self.name}: {detail}")
@@ -152,7 +152,7 @@ class _Taker:
 
     def note(self, before: float, skip: Skip | None) -> None:
         """Write down what became of the layer, for `sites`."""
-        if skip is not None and skip.reason is Reason.ALREADY_DONE:
+        if self.done:
             return
         total = float(self.layer.weight.abs().sum(dtype=torch.float64)) or 1.0
         shares = f"{before / total:.4f} -> {self.kept() / total:.4f}"
@@ -187,10 +187,10 @@ class _Job:
         mine = tuple(taker for taker in takers if not taker.present.isdisjoint(atoms))
         consumers = {taker: taker.consumer(atoms) for taker in mine}
         movers = tuple(taker for taker, consumer in consumers.items() if consumer is not None)
-        if not movers or all(taker.done for taker in movers):
-            return None
         for taker in movers:
-            taker.movable.update(atoms)
+            taker.movable = True
+        if all(taker.done for taker in movers):
+            return None
         rows = sum(taker.layer.weight[:, 0].numel() for taker in movers)
         return cls(atoms, mine, movers, len(atoms) ** 2 * rows)
 

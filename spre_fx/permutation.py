@@ -268,7 +268,8 @@ def _clusters(groupings: Sequence[Tensor]) -> Tensor:
             lowest = lowest.scatter_reduce(0, groupings[0], cluster, "amin")
             cluster = lowest[groupings[0]]
         if torch.equal(cluster, before):
-            return cluster.unique(return_inverse=True)[1]
+            numbers: Tensor = cluster.unique(return_inverse=True)[1]
+            return numbers
 
 
 def _padded_members(cluster_of: Tensor, absent: int) -> Tensor:
