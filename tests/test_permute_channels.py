@@ -199,13 +199,13 @@ class RandomNet(nn.Module):
             return nn.Conv2d(width, made, 3, padding=1), made
         if kind == "grouped" and width % 2 == 0:
             return nn.Conv2d(width, made, 1, groups=2), made
-        if kind == "depthwise":
+        if kind == "depthwise" and width < 17:
             return nn.Conv2d(width, 2 * width, 3, padding=1, groups=width), 2 * width
         if kind == "bn":
             return nn.BatchNorm2d(width), width
         if kind == "add" and width == other:
             return nn.Identity(), width
-        if kind == "cat":
+        if kind == "cat" and width + other < 33:
             return nn.Identity(), width + other
         if kind == "half" and width % 2 == 0:
             return nn.Identity(), width // 2
@@ -216,13 +216,11 @@ class RandomNet(nn.Module):
         for (kind, first, second), layer in zip(self.plan, self.layers, strict=True):
             a, b = first % len(values), second % len(values)
             made, width = layer(values[a]), widths[a]
-            if kind == "depthwise":
-                width = 2 * width
-            elif isinstance(layer, nn.Conv2d):
+            if isinstance(layer, nn.Conv2d):
                 width = layer.out_channels
             elif kind == "add" and widths[a] == widths[b]:
                 made = values[a] + values[b]
-            elif kind == "cat":
+            elif kind == "cat" and widths[a] + widths[b] < 33:
                 made, width = torch.cat([values[a], values[b]], dim=1), widths[a] + widths[b]
             elif kind == "half" and width % 2 == 0:
                 made, width = values[a].chunk(2, 1)[second % 2], width // 2
@@ -234,12 +232,12 @@ class RandomNet(nn.Module):
 KINDS = ["conv", "conv", "grouped", "depthwise", "bn", "add", "cat", "half", "relu"]
 
 
-@settings(max_examples=25)
+@settings(max_examples=20)
 @given(
     st.lists(
         st.tuples(st.sampled_from(KINDS), st.integers(0, 11), st.integers(0, 11)),
         min_size=2,
-        max_size=10,
+        max_size=8,
     )
 )
 def test_any_order_keeps_the_function_of_random_nets(plan):
