@@ -159,7 +159,7 @@ def test_the_function_and_every_name_stay_and_more_is_kept(name):
         ("densenet121", 64, 100),
         ("vgg16_bn", 32, 10),
         ("googlenet", 64, 40),
-        ("resnext50_32x4d", 64, 500),
+        pytest.param("resnext50_32x4d", 64, 500, marks=pytest.mark.slow),  # a thousand sets
         ("mobilenet_v3_small", 64, 20),
         ("shufflenet_v2_x0_5", 64, 10),
     ],
