@@ -5,6 +5,7 @@ from spre_fx.passes.duplicate_branches import DuplicateBranches
 from spre_fx.passes.fold_branches import FoldBranches
 from spre_fx.passes.lower import Lower
 from spre_fx.passes.matcher import Site, match_site
+from spre_fx.passes.permute_channels import PermuteChannels
 from spre_fx.passes.pipeline import Pipeline, deployment_pipeline, training_pipeline
 from spre_fx.passes.policy import Policy
 from spre_fx.passes.specialise_to_eval import SpecialiseToEval
@@ -18,6 +19,7 @@ __all__ = [
     "Lower",
     "Pass",
     "PassResult",
+    "PermuteChannels",
     "Pipeline",
     "Policy",
     "Reason",

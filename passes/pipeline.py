@@ -14,6 +14,7 @@ from spre_fx.passes.base import Account, Pass
 from spre_fx.passes.duplicate_branches import DuplicateBranches
 from spre_fx.passes.fold_branches import FoldBranches
 from spre_fx.passes.lower import Lower
+from spre_fx.passes.permute_channels import PermuteChannels
 from spre_fx.passes.policy import Policy
 from spre_fx.passes.specialise_to_eval import SpecialiseToEval
 from spre_fx.passes.wire_masks import BranchKind, WireMasks
@@ -58,14 +59,12 @@ def training_pipeline(
     """Dense graph -> training graph."""
     if isinstance(method, UnstructuredMethod):
         return Pipeline((WireUnstructured(policy, method, schedule),))
+    search = method.permutation
+    permute = () if search is None else (PermuteChannels(policy, search),)
     if branch is None:
-        return Pipeline((WireMasks(policy, method, schedule),))
-    return Pipeline(
-        (
-            DuplicateBranches(policy, gamma),
-            WireMasks(policy, method, schedule, branch, criterion),
-        )
-    )
+        return Pipeline((*permute, WireMasks(policy, method, schedule)))
+    duplicate = DuplicateBranches(policy, gamma)
+    return Pipeline((*permute, duplicate, WireMasks(policy, method, schedule, branch, criterion)))
 
 
 def deployment_pipeline(backend: Backend) -> Pipeline:

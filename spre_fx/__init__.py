@@ -25,6 +25,7 @@ from spre_fx.errors import (
 from spre_fx.lbc import LBC
 from spre_fx.methods import ASP, SRSTE, MaskMethod
 from spre_fx.patterns import Pattern
+from spre_fx.permutation import ChannelPermutation
 from spre_fx.schedules import CubicRamp, EveryK, EveryStep, Freeze, Schedule
 from spre_fx.unstructured import GMP, GraNet, RigL, UnstructuredMethod
 
@@ -42,6 +43,7 @@ __all__ = [
     "LBC",
     "SNIP",
     "SRSTE",
+    "ChannelPermutation",
     "Criterion",
     "CubicRamp",
     "Diff",

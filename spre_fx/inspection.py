@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -134,8 +135,11 @@ def _describe(view: GraphView, candidate: Candidate) -> SiteInfo:
         nonzeros=sum(nonzeros),
         backend=record.get("backend"),
         reason=None if pattern else record.get("reason"),
-        note=record.get("note", ""),
+        note="; ".join(record[key] for key in _NOTES if key in record),
     )
+
+
+_NOTES: tuple[Literal["note", "permutation"], ...] = ("note", "permutation")
 
 
 def _describe_call(candidate: Candidate) -> SiteInfo:

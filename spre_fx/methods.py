@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from spre_fx import masks
 from spre_fx.errors import OptionError
 from spre_fx.patterns import Pattern
+from spre_fx.permutation import ChannelPermutation
 from spre_fx.scheduled_mask import ScheduledMask
 from spre_fx.schedules import EveryStep, Freeze, Schedule
 
@@ -37,6 +38,11 @@ class MaskMethod(ABC):
 
     schedule: ClassVar[Schedule] = EveryStep()
     spre_gamma: ClassVar[float] = 1.0
+
+    @property
+    def permutation(self) -> ChannelPermutation | None:
+        """How `prepare` looks for a better order of channels first. None: it does not."""
+        return None
 
     def nm_mask(self, weight: Tensor, pattern: Pattern) -> Tensor:
         """The N:M mask B (Algorithm 1, line 3). By default the N largest magnitudes of each M.
@@ -127,10 +133,22 @@ class ASP(MaskMethod):
 
     Removed weights receive no gradient. The masks are those of the weights `prepare` is given, so
     load the pre-trained weights first.
+
+    Attributes:
+        permute: Search for the order of input channels that keeps the most magnitude under the
+            masks (Pool & Yu, NeurIPS 2021) before taking them. The network computes what it did,
+            and parameters keep their names and shapes, but not the order of their channels: a
+            checkpoint of the dense model no longer belongs in the result.
     """
 
+    permute: ChannelPermutation | None = None
     schedule: ClassVar[Schedule] = Freeze(at=0)
     spre_gamma: ClassVar[float] = 0.0
+
+    @property
+    def permutation(self) -> ChannelPermutation | None:
+        """The search, if one is wanted."""
+        return self.permute
 
     def masked(self, weight: Tensor, mask: Tensor) -> Tensor:
         """B * W, with the ordinary gradient B * g."""

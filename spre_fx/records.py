@@ -23,6 +23,7 @@ class Record(TypedDict, total=False):
         note: The sentence for people: why it was skipped, or why it has no SpRe branch.
         backend: What it was lowered to.
         unstructured: The unstructured method that chose its zeros, which obey no pattern.
+        permutation: What became of the order of its input channels.
     """
 
     pattern: str
@@ -30,6 +31,7 @@ class Record(TypedDict, total=False):
     note: str
     backend: str
     unstructured: str
+    permutation: str
 
 
 def read(module: nn.Module) -> Record:
@@ -46,4 +48,4 @@ def write(module: nn.Module, record: Record) -> None:
 def note(module: nn.Module | None, reason: object, detail: str) -> None:
     """Write down why `module` was skipped, where there is a module to write on."""
     if module is not None:
-        write(module, Record(reason=str(reason), note=detail))
+        write(module, read(module) | Record(reason=str(reason), note=detail))
