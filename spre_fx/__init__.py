@@ -4,7 +4,7 @@
     deployed = spre_fx.finalize(gm)               # after training
     print(spre_fx.diff(gm, deployed))             # what changed, site by site
 
-The compiler is imported when it is first used, so that importing this package costs little.
+What needs torch is imported when it is first used, so that importing this package costs little.
 """
 
 from __future__ import annotations
@@ -21,26 +21,30 @@ from spre_fx.errors import (
     TraceError,
     VerificationError,
 )
-from spre_fx.methods import ASP, SRSTE, MaskMethod
 from spre_fx.patterns import Pattern
-from spre_fx.schedules import EveryK, EveryStep, Freeze, Schedule
 
 if TYPE_CHECKING:
     from spre_fx.api import finalize, prepare
     from spre_fx.comparison import Diff, diff
+    from spre_fx.costs import Cost, cost
+    from spre_fx.dynamics import MaskDynamics
     from spre_fx.inspection import SiteInfo, State, sites
+    from spre_fx.methods import ASP, SRSTE, MaskMethod
     from spre_fx.plots import plot_spatial_sparsity
+    from spre_fx.schedules import EveryK, EveryStep, Freeze, Schedule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ASP",
     "SRSTE",
+    "Cost",
     "Diff",
     "EveryK",
     "EveryStep",
     "Freeze",
     "InvariantError",
+    "MaskDynamics",
     "MaskMethod",
     "ModelError",
     "OptionError",
@@ -52,6 +56,7 @@ __all__ = [
     "State",
     "TraceError",
     "VerificationError",
+    "cost",
     "diff",
     "finalize",
     "plot_spatial_sparsity",
@@ -60,9 +65,19 @@ __all__ = [
 ]
 
 _HOME = {
+    "ASP": "methods",
+    "SRSTE": "methods",
+    "Cost": "costs",
     "Diff": "comparison",
+    "EveryK": "schedules",
+    "EveryStep": "schedules",
+    "Freeze": "schedules",
+    "MaskDynamics": "dynamics",
+    "MaskMethod": "methods",
+    "Schedule": "schedules",
     "SiteInfo": "inspection",
     "State": "inspection",
+    "cost": "costs",
     "diff": "comparison",
     "finalize": "api",
     "plot_spatial_sparsity": "plots",
