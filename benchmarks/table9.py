@@ -51,7 +51,9 @@ def comparison(costs: dict[tuple[str, str | None], Cost]) -> str:
     rows = []
     for (pattern, branch), printed in PAPER.items():
         pairs = zip(printed, figures(costs[pattern, branch]), strict=True)
-        cells = [f"{paper}  {ours[:-1]}{' ' if paper == ours[:-1] else '*'}" for paper, ours in pairs]
+        cells = [
+            f"{paper}  {ours[:-1]}{' ' if paper == ours[:-1] else '*'}" for paper, ours in pairs
+        ]
         rows.append(("SR-STE" if branch is None else "w. SpRe", pattern, *cells))
     headers = ("method", "N:M", *(f"{column}\npaper ours" for column in COLUMNS))
     return tabulate(rows, headers, disable_numparse=True)
@@ -105,23 +107,29 @@ def _average(cost: Cost, what: str) -> float:
 def main() -> None:
     """Print the tables and what follows from them."""
     costs = measure()
-    dense = costs["2:4", None]
-    print(f"ResNet-50 at 224, relative to dense; * differs from the paper\n\n{comparison(costs)}\n")
+    print(f"ResNet-50 at 224, relative to dense; * differs from the paper\n\n{comparison(costs)}")
     print(
-        "Counted: the layers that carry the pattern, fc among them; not the stem (3 input channels),"
-        "\nbiases and batch norms. With the stem counted dense, FLOPs at test would be "
-        f"{times(costs['1:16', None].model.flops.test_ratio)} at 1:16, not 0.06,\nand in training "
-        f"{times(costs['2:4', None].model.flops.train_ratio)} at 2:4, not 0.83.\n"
-        "No rule gives 0.74 at 1:4: (N/M + 2)/3 is exactly 0.75, and it gives the other three; any\n"
-        "layer counted dense only raises it.\n"
+        f"""
+Counted: the layers that carry the pattern, fc among them. Not counted: the stem, which has three
+input channels, biases and batch norms. With the stem counted, dense, FLOPs would be
+{_with_stem(costs, "1:16", "test")} at test at 1:16, not 0.06, and
+{_with_stem(costs, "2:4", "train")} in training at 2:4, not 0.83.
+
+No rule gives 0.74 at 1:4: (N/M + 2)/3, which gives the other three, is exactly 0.75 there, and
+whatever is counted dense as well only raises it.
+
+Live taps of nine behind the SpRe training figures
+
+{implied_taps(costs)}
+
+The FLOPs at 1:4, 1:8 and 1:16 agree on about four live taps; 1.02 at 2:4 takes seven. The
+parameters fall from five taps to one: no one number of live taps gives both columns."""
     )
-    print(f"Live taps of nine behind the SpRe training figures\n\n{implied_taps(costs)}\n")
-    print(
-        "FLOPs at 1:4, 1:8 and 1:16 agree on about four live taps; 1.02 at 2:4 takes seven. The\n"
-        "parameters fall from five taps to one over the patterns: no one number of live taps gives\n"
-        f"both columns. Dense weights counted: {dense.sparse.parameters.dense_train:,} of "
-        f"{dense.model.parameters.dense_train:,}."
-    )
+
+
+def _with_stem(costs: dict[tuple[str, str | None], Cost], pattern: str, when: str) -> str:
+    """FLOPs with the stem counted, dense."""
+    return times(getattr(costs[pattern, None].model.flops, f"{when}_ratio"))
 
 
 if __name__ == "__main__":

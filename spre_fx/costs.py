@@ -123,9 +123,7 @@ class Cost:
             colalign=3 * left + 8 * right,
             disable_numparse=True,
         )
-        sums = tabulate(
-            totals, _TOTAL_HEADERS, colalign=left + 7 * right, disable_numparse=True
-        )
+        sums = tabulate(totals, _TOTAL_HEADERS, colalign=left + 7 * right, disable_numparse=True)
         return f"{sites}\n\n{sums}\n\n{_LEGEND}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -228,9 +226,10 @@ class _Kept:
 
 def _kept(view: GraphView, candidate: Candidate, size: int) -> _Kept:
     layer = candidate.module
+    if layer is None or _pattern(layer) is None:
+        return _Kept(size, 0, size, None)
     if not isinstance(layer, NMLayer):
-        deployed = layer is not None and _pattern(layer) is not None
-        count = int(layer.weight.count_nonzero()) if deployed else size
+        count = int(layer.weight.count_nonzero())
         return _Kept(count, 0, count, None)
     mask = layer.masked_weight()[1]
     count = int(mask.count_nonzero())
@@ -281,8 +280,15 @@ def times(ratio: Fraction | None) -> str:
     return f"{hundredths / 100:.2f}x"
 
 
+def _short(count: int) -> str:
+    """Three digits and a unit."""
+    power = min(max(len(str(count)) - 1, 0) // 3, len(_UNITS) - 1)
+    return f"{count / 1000**power:.3g}{_UNITS[power]}"
+
+
+_UNITS = ("", " k", " M", " G", " T", " P")
 _LEGEND = (
-    "train, test: relative to dense.  MFLOPs: dense, one forward; a training step is three of them."
+    "train, test: relative to dense.  FLOPs of a layer: one dense forward; training takes three."
 )
 _SITE_HEADERS = (
     "site",
@@ -293,7 +299,7 @@ _SITE_HEADERS = (
     "parameters",
     "train",
     "test",
-    "MFLOPs",
+    "FLOPs",
     "train",
     "test",
 )
@@ -302,9 +308,9 @@ _TOTAL_HEADERS = (
     "parameters",
     "train",
     "test",
-    "GFLOPs to train",
+    "FLOPs to train",
     "train",
-    "GFLOPs at test",
+    "FLOPs at test",
     "test",
 )
 
@@ -319,7 +325,7 @@ def _site_row(site: SiteCost) -> Sequence[str]:
         f"{site.parameters.dense_train:,}",
         times(site.parameters.train_ratio),
         times(site.parameters.test_ratio),
-        f"{site.flops.dense_train / 3e6:,.1f}",
+        _short(site.flops.dense_train // 3),
         times(site.flops.train_ratio),
         times(site.flops.test_ratio),
     )
@@ -331,8 +337,8 @@ def _total_row(name: str, total: Totals) -> Sequence[str]:
         f"{total.parameters.dense_train:,}",
         times(total.parameters.train_ratio),
         times(total.parameters.test_ratio),
-        f"{total.flops.dense_train / 1e9:,.2f}",
+        _short(total.flops.dense_train),
         times(total.flops.train_ratio),
-        f"{total.flops.dense_test / 1e9:,.2f}",
+        _short(total.flops.dense_test),
         times(total.flops.test_ratio),
     )

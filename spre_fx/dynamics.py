@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spre_fx.dynamics_plot import plot_dynamics
 from spre_fx.errors import ModelError, OptionError
 from spre_fx.modules import NMLayer
 
@@ -145,8 +146,6 @@ class MaskDynamics:
         Raises:
             ModelError: If fewer than two records were made.
         """
-        from spre_fx.dynamics_plot import plot_dynamics
-
         return plot_dynamics(self.rows, path)
 
     def to_dict(self) -> list[dict[str, Any]]:

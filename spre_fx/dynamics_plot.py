@@ -131,7 +131,8 @@ def _draw_strips(ax: Axes, sites: _Sites) -> None:
             # The last record has no next one: it is drawn up to its own step, in no width.
             image = live[:, :-1].double().numpy()
             ax.pcolormesh(sites.steps, edges.numpy(), image, cmap=colours, vmin=0, vmax=1)
-            ax.hlines(edges[1:-1].tolist(), *sites.steps[:: len(sites.steps) - 1], "white", lw=0.5)
+            between = edges[1:-1].tolist()
+            ax.hlines(between, sites.steps[0], sites.steps[-1], color="white", linewidth=0.5)
 
 
 def _draw_churn(figure: Figure, ax: Axes, sites: _Sites) -> None:

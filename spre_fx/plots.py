@@ -171,7 +171,8 @@ def _draw(ax: Axes, site: _Site, colours: ScalarMappable, panel: float) -> None:
     from matplotlib.patches import Rectangle
 
     image, live = _image(site.sparsity), _image(site.live)
-    ax.imshow(image.numpy(), cmap=colours.cmap, norm=colours.norm)
+    norm: Any = colours.norm
+    ax.imshow(image.numpy(), cmap=colours.cmap, norm=norm)
     ax.set_anchor("N")
     for row, column in (live == 1).nonzero().tolist():
         corner = (column - 0.45, row - 0.45)
@@ -181,7 +182,7 @@ def _draw(ax: Axes, site: _Site, colours: ScalarMappable, panel: float) -> None:
     digits = 1 if max(image.shape) <= 3 else 0
     for row, column in (~image.isnan()).nonzero().tolist():
         value = image[row, column].item()
-        ink = "white" if colours.norm(value) < 0.5 else "black"
+        ink = "white" if norm(value) < 0.5 else "black"
         text = f"{100 * value:.{digits}f}"
         ax.text(column, row, text, color=ink, fontsize=6, ha="center", va="center")
 

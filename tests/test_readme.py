@@ -12,6 +12,7 @@ from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock
 
 import spre_fx
+from spre_fx.cli import _parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -73,3 +74,11 @@ def test_commands_do_their_own_set_up(marker):
     assert run.startswith(".venv/bin/python ")
     script = run.split()[1]
     assert script == "-m" or (ROOT / script).is_file()
+
+
+def test_commands_shown_are_commands_there_are():
+    (block,) = [b for b in blocks("text") if b.startswith("python -m spre_fx")]
+    for line in block.splitlines():
+        words = line.partition("#")[0].split()
+        assert words[:3] == ["python", "-m", "spre_fx"]
+        _parser().parse_args(words[3:])
