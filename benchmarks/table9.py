@@ -13,7 +13,7 @@ from tabulate import tabulate
 from torchvision.models import resnet50
 
 import spre_fx
-from spre_fx.costs import Amount, Cost, times
+from spre_fx.cost_report import Amount, Cost, times
 
 # FLOPs in training, FLOPs at test, parameters in training, parameters at test.
 PAPER = {

@@ -26,7 +26,8 @@ from spre_fx.patterns import Pattern
 if TYPE_CHECKING:
     from spre_fx.api import finalize, prepare
     from spre_fx.comparison import Diff, diff
-    from spre_fx.costs import Cost, cost
+    from spre_fx.cost_report import Cost
+    from spre_fx.costs import cost
     from spre_fx.dynamics import MaskDynamics
     from spre_fx.inspection import SiteInfo, State, sites
     from spre_fx.methods import ASP, SRSTE, MaskMethod
@@ -67,7 +68,7 @@ __all__ = [
 _HOME = {
     "ASP": "methods",
     "SRSTE": "methods",
-    "Cost": "costs",
+    "Cost": "cost_report",
     "Diff": "comparison",
     "EveryK": "schedules",
     "EveryStep": "schedules",

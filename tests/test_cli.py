@@ -178,9 +178,9 @@ def test_a_bug_exits_with_3(capsys, monkeypatch):
         main(["inspect", NET, "--debug"])
 
 
-def test_warnings_are_lines_on_stderr(capsys, recwarn):
-    code = "import warnings\nfrom torch import nn\nwarnings.warn('old')\n"
-    open("warns.py", "w").write(code + "model = nn.Linear(8, 8)\n")
-    sys.modules.pop("warns", None)
-    assert main(["inspect", "warns:model"]) == 0
+@pytest.mark.filterwarnings("default")
+def test_warnings_are_lines_on_stderr(capsys, folder):
+    code = f"import warnings\n{SOURCE}\nwarnings.warn('old')\n"
+    (folder / "warns.py").write_text(code)
+    assert main(["inspect", "warns:net"]) == 0
     assert capsys.readouterr().err == "note: old\n"

@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import mobilenet_v2, resnet50
 
 import spre_fx
-from spre_fx.costs import Amount, times
+from spre_fx.cost_report import Amount, SiteCost, times
 
 
 def one_conv(conv: nn.Module, features: int | None = None) -> nn.Module:
@@ -19,7 +19,7 @@ def one_conv(conv: nn.Module, features: int | None = None) -> nn.Module:
     return nn.Sequential(conv, norms[type(conv)](conv.out_channels), nn.ReLU())
 
 
-def only(model: nn.Module, *shape: int) -> spre_fx.costs.SiteCost:
+def only(model: nn.Module, *shape: int) -> SiteCost:
     (site,) = spre_fx.cost(model, torch.empty(shape)).sites
     return site
 
@@ -153,8 +153,3 @@ def test_it_prints_and_is_json():
 def test_a_wrong_input_is_named():
     with pytest.raises(spre_fx.ModelError, match=r"found for \(\(2, 5, 9, 9\),\)"):
         spre_fx.cost(small_net(), torch.empty(2, 5, 9, 9))
-
-
-def test_ratios_round_halves_up_as_the_paper_does():
-    assert [times(Fraction(1, n)) for n in (8, 16, 3)] == ["0.13x", "0.06x", "0.33x"]
-    assert times(None) == "-"

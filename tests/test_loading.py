@@ -43,7 +43,7 @@ def test_a_name_in_a_module():
         load_model("math:pi")
     with pytest.raises(ModelError, match="without arguments, found TypeError"):
         load_model("torch:nn.Linear")
-    with pytest.raises(ModelError, match="expected an nn.Module, found a dict"):
+    with pytest.raises(ModelError, match=r"expected an nn\.Module, found a dict"):
         load_model("builtins:dict")
     with pytest.raises(OptionError, match="expected a torchvision or timm name"):
         load_model("torch:nn.Identity", pretrained=True)

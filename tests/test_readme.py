@@ -47,7 +47,7 @@ def without_taps(table: str) -> list[str]:
 
 def test_python_blocks_run_and_print_the_table(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = {"spre_fx": spre_fx, "model": small_resnet(), "train": train}
+    namespace = {"spre_fx": spre_fx, "torch": torch, "model": small_resnet(), "train": train}
     printed = []
     assert len(blocks("python")) >= 5
     for block in blocks("python"):
@@ -56,7 +56,8 @@ def test_python_blocks_run_and_print_the_table(tmp_path, monkeypatch):
         printed.append(output.getvalue())
     assert without_taps(printed[0]) == without_taps(marked("output: diff"))
     assert printed[1] == "conv1: C_in/groups=3 is less than M=8\n"
-    assert (tmp_path / "spatial_sparsity.png").stat().st_size > 10_000
+    for picture in ("spatial_sparsity.png", "methods.png", "mask_dynamics.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
 
 
 def test_every_block_is_run_by_some_test():
