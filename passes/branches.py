@@ -22,14 +22,20 @@ def masked_weight(layer: Layer) -> Tensor:
 def spre_weight(site: Site) -> Tensor:
     """B^S * W^S, with B^S as the graph computes it; W^S where no mask is wired yet."""
     assert site.spre is not None
-    weight, conv = site.spre.layer.weight, site.layer
-    if not isinstance(conv, NMLayer) or conv.live_taps is None:
-        return weight
+    weight, mask = site.spre.layer.weight, spre_mask(site)
+    return weight if mask is None else weight * mask
+
+
+def spre_mask(site: Site) -> Tensor | None:
+    """B^S with the masks in force, as the graph computes it; None where no mask is wired yet."""
+    conv = site.layer
+    if site.spre is None or not isinstance(conv, NMLayer) or conv.live_taps is None:
+        return None
     if len(site.spre.conv.args) == 1:
         raise _not_the_masks(site, "none")
     items = {1: conv.masked_weight()[1], 2: conv.live_taps(conv.weight, None)}
     mask: Tensor = _value(site.spre.conv.args[1], site, items)
-    return weight * mask
+    return mask
 
 
 def _value(node: Any, site: Site, items: Mapping[int, Tensor]) -> Any:

@@ -4,7 +4,7 @@
     deployed = spre_fx.finalize(gm)               # after training
     print(spre_fx.diff(gm, deployed))             # what changed, site by site
 
-The compiler is imported when it is first used, so that importing this package costs little.
+What needs torch is imported when it is first used, so that importing this package costs little.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from spre_fx.criteria import SNIP, Criterion, GraSP, Taylor, update_taps
 from spre_fx.errors import (
     InvariantError,
     ModelError,
@@ -22,18 +21,22 @@ from spre_fx.errors import (
     TraceError,
     VerificationError,
 )
-from spre_fx.lbc import LBC
-from spre_fx.methods import ASP, SRSTE, MaskMethod
 from spre_fx.patterns import Pattern
-from spre_fx.permutation import ChannelPermutation
-from spre_fx.schedules import CubicRamp, EveryK, EveryStep, Freeze, Schedule
-from spre_fx.unstructured import GMP, GraNet, RigL, UnstructuredMethod
 
 if TYPE_CHECKING:
     from spre_fx.api import finalize, prepare
     from spre_fx.comparison import Diff, diff
+    from spre_fx.cost_report import Cost
+    from spre_fx.costs import cost
+    from spre_fx.criteria import SNIP, Criterion, GraSP, Taylor, update_taps
+    from spre_fx.dynamics import MaskDynamics
     from spre_fx.inspection import SiteInfo, State, sites
+    from spre_fx.lbc import LBC
+    from spre_fx.methods import ASP, SRSTE, MaskMethod
+    from spre_fx.permutation import ChannelPermutation
     from spre_fx.plots import plot_spatial_sparsity
+    from spre_fx.schedules import CubicRamp, EveryK, EveryStep, Freeze, Schedule
+    from spre_fx.unstructured import GMP, GraNet, RigL, UnstructuredMethod
 
 __version__ = "0.1.0"
 
@@ -44,6 +47,7 @@ __all__ = [
     "SNIP",
     "SRSTE",
     "ChannelPermutation",
+    "Cost",
     "Criterion",
     "CubicRamp",
     "Diff",
@@ -53,6 +57,7 @@ __all__ = [
     "GraNet",
     "GraSP",
     "InvariantError",
+    "MaskDynamics",
     "MaskMethod",
     "ModelError",
     "OptionError",
@@ -67,6 +72,7 @@ __all__ = [
     "TraceError",
     "UnstructuredMethod",
     "VerificationError",
+    "cost",
     "diff",
     "finalize",
     "plot_spatial_sparsity",
@@ -76,14 +82,36 @@ __all__ = [
 ]
 
 _HOME = {
+    "ASP": "methods",
+    "ChannelPermutation": "permutation",
+    "Cost": "cost_report",
+    "Criterion": "criteria",
+    "CubicRamp": "schedules",
     "Diff": "comparison",
+    "EveryK": "schedules",
+    "EveryStep": "schedules",
+    "Freeze": "schedules",
+    "GMP": "unstructured",
+    "GraNet": "unstructured",
+    "GraSP": "criteria",
+    "LBC": "lbc",
+    "MaskDynamics": "dynamics",
+    "MaskMethod": "methods",
+    "RigL": "unstructured",
+    "SNIP": "criteria",
+    "SRSTE": "methods",
+    "Schedule": "schedules",
     "SiteInfo": "inspection",
     "State": "inspection",
+    "Taylor": "criteria",
+    "UnstructuredMethod": "unstructured",
+    "cost": "costs",
     "diff": "comparison",
     "finalize": "api",
     "plot_spatial_sparsity": "plots",
     "prepare": "api",
     "sites": "inspection",
+    "update_taps": "criteria",
 }
 
 

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Literal
 
 import torch
+from tabulate import tabulate
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -79,6 +80,24 @@ def sites(model: nn.Module) -> list[SiteInfo]:
         One record per conv and linear, in the order of the model's modules.
     """
     return list(describe(as_view(model)).values())
+
+
+def site_table(model: nn.Module) -> str:
+    """The records of `sites` as a plain text table."""
+    headers = ("name", "state", "pattern", "weight", "density", "live taps", "note")
+    rows = [
+        (
+            site.name,
+            site.state,
+            site.pattern,
+            "x".join(map(str, site.weight_shape)),
+            f"{site.density:.4g}",
+            "{}/{}".format(*site.live_taps) if site.live_taps else None,
+            site.note.removeprefix(f"{site.name}: "),
+        )
+        for site in sites(model)
+    ]
+    return tabulate(rows, headers, disable_numparse=True)
 
 
 def as_view(model: nn.Module) -> GraphView:

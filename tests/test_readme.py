@@ -12,6 +12,7 @@ from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock
 
 import spre_fx
+from spre_fx.cli import _parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -46,7 +47,7 @@ def without_taps(table: str) -> list[str]:
 
 def test_python_blocks_run_and_print_the_table(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = {"spre_fx": spre_fx, "model": small_resnet(), "train": train}
+    namespace = {"spre_fx": spre_fx, "torch": torch, "model": small_resnet(), "train": train}
     namespace["images"] = torch.randn(2, 3, 64, 64)
     printed = []
     assert len(blocks("python")) >= 5
@@ -56,7 +57,8 @@ def test_python_blocks_run_and_print_the_table(tmp_path, monkeypatch):
         printed.append(output.getvalue())
     assert without_taps(printed[0]) == without_taps(marked("output: diff"))
     assert printed[1] == "conv1: C_in/groups=3 is less than M=8\n"
-    assert (tmp_path / "spatial_sparsity.png").stat().st_size > 10_000
+    for picture in ("spatial_sparsity.png", "methods.png", "mask_dynamics.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
 
 
 def test_every_block_is_run_by_some_test():
@@ -74,3 +76,11 @@ def test_commands_do_their_own_set_up(marker):
     assert run.startswith(".venv/bin/python ")
     script = run.split()[1]
     assert script == "-m" or (ROOT / script).is_file()
+
+
+def test_commands_shown_are_commands_there_are():
+    (block,) = [b for b in blocks("text") if b.startswith("python -m spre_fx")]
+    for line in block.splitlines():
+        words = line.partition("#")[0].split()
+        assert words[:3] == ["python", "-m", "spre_fx"]
+        _parser().parse_args(words[3:])
