@@ -22,11 +22,12 @@ from spre_fx.errors import (
     TraceError,
     VerificationError,
 )
+from spre_fx.granet import GraNet
 from spre_fx.lbc import LBC
 from spre_fx.methods import ASP, SRSTE, MaskMethod
 from spre_fx.patterns import Pattern
 from spre_fx.schedules import CubicRamp, EveryK, EveryStep, Freeze, Schedule
-from spre_fx.unstructured import GMP, GraNet, RigL, UnstructuredMethod
+from spre_fx.unstructured import GMP, RigL, UnstructuredMethod
 
 if TYPE_CHECKING:
     from spre_fx.api import finalize, prepare
