@@ -30,13 +30,14 @@ if TYPE_CHECKING:
     from spre_fx.costs import cost
     from spre_fx.criteria import SNIP, Criterion, GraSP, Taylor, update_taps
     from spre_fx.dynamics import MaskDynamics
+    from spre_fx.granet import GraNet
     from spre_fx.inspection import SiteInfo, State, sites
     from spre_fx.lbc import LBC
     from spre_fx.methods import ASP, SRSTE, MaskMethod
     from spre_fx.permutation import ChannelPermutation
     from spre_fx.plots import plot_spatial_sparsity
     from spre_fx.schedules import CubicRamp, EveryK, EveryStep, Freeze, Schedule
-    from spre_fx.unstructured import GMP, GraNet, RigL, UnstructuredMethod
+    from spre_fx.unstructured import GMP, RigL, UnstructuredMethod
 
 __version__ = "0.1.0"
 
@@ -92,7 +93,7 @@ _HOME = {
     "EveryStep": "schedules",
     "Freeze": "schedules",
     "GMP": "unstructured",
-    "GraNet": "unstructured",
+    "GraNet": "granet",
     "GraSP": "criteria",
     "LBC": "lbc",
     "MaskDynamics": "dynamics",

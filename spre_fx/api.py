@@ -14,6 +14,7 @@ from spre_fx.backends import DenseBackend
 from spre_fx.checks import check_model, check_tensors, is_prepared
 from spre_fx.criteria import SNIP, Criterion, GraSP, Taylor
 from spre_fx.errors import ModelError, OptionError, TraceError
+from spre_fx.granet import GraNet
 from spre_fx.inspection import uncalled_layers
 from spre_fx.lbc import LBC
 from spre_fx.methods import ASP, SRSTE, MaskMethod
@@ -25,7 +26,7 @@ from spre_fx.passes.tracer import trace
 from spre_fx.passes.wire_masks import BranchKind
 from spre_fx.patterns import Pattern
 from spre_fx.schedules import Schedule
-from spre_fx.unstructured import GMP, GraNet, RigL, UnstructuredMethod
+from spre_fx.unstructured import GMP, RigL, UnstructuredMethod
 
 
 def prepare(

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spre_fx.errors import OptionError
+from spre_fx.granet import GraNet
 from spre_fx.patterns import Pattern
 from spre_fx.schedules import CubicRamp, EveryK, EveryStep, Freeze
-from spre_fx.unstructured import GMP, GraNet, LayerState, RigL, erdos_renyi_kernel
+from spre_fx.unstructured import GMP, LayerState, RigL, erdos_renyi_kernel
 
 RAMP = CubicRamp(0, 10, every=5)
 HALFWAY = 1 - 0.5**3  # of the way to the final sparsity, at step 5 of RAMP
