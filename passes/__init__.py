@@ -11,6 +11,7 @@ from spre_fx.passes.policy import Policy
 from spre_fx.passes.specialise_to_eval import SpecialiseToEval
 from spre_fx.passes.tracer import Tracer, trace
 from spre_fx.passes.wire_masks import WireMasks
+from spre_fx.passes.wire_unstructured import WireUnstructured
 
 __all__ = [
     "Account",
@@ -28,6 +29,7 @@ __all__ = [
     "SpecialiseToEval",
     "Tracer",
     "WireMasks",
+    "WireUnstructured",
     "deployment_pipeline",
     "match_site",
     "trace",

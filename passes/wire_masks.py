@@ -124,14 +124,16 @@ def _wire(conv: Node, spre: SpReBranch, branch: BranchKind) -> None:
         return graph.create_node("call_function", target, args, name=f"{conv.name}_{what}")
 
     with graph.inserting_after(conv):  # each goes right behind the conv, so the last comes first
-        taps = node(operator.getitem, (conv, 2), "live_taps")
+        taps = node(operator.getitem, (conv, 2), "live_taps") if branch != "same" else None
         mask = node(operator.getitem, (conv, 1), "nm_mask")
         y = node(operator.getitem, (conv, 0), "y")
-    if branch == "inverse":
-        with graph.inserting_after(taps):
-            taps = node(torch.logical_not, (taps,), "dead_taps")
-    with graph.inserting_after(taps):
-        spre_mask = mask if branch == "same" else node(torch.mul, (mask, taps), "spre_mask")
     for user in users:
         user.replace_input_with(conv, y)
+    if taps is not None and branch == "inverse":
+        with graph.inserting_after(taps):
+            taps = node(torch.logical_not, (taps,), "dead_taps")
+    spre_mask = mask
+    if taps is not None:
+        with graph.inserting_after(taps):
+            spre_mask = node(torch.mul, (mask, taps), "spre_mask")
     spre.conv.args = (input_of(spre.conv), spre_mask)

@@ -81,7 +81,7 @@ def run(pattern: str, epochs: int, seed: int, output: Path, *, quiet: bool = Fal
 
     deployed = finalize(prepared)
     if not quiet:
-        show(f"What prepare({pattern}) made of each layer", site_table(prepared))
+        show(f"What prepare({pattern}) did", site_table(prepared))
         show("From the dense model to the training graph", diff(dense, prepared))
         show("From the training graph to the deployed graph", diff(prepared, deployed))
         show("What the training graph costs", cost(prepared, x[:1]))
@@ -104,16 +104,20 @@ def digits() -> list[Tensor]:
 
 
 def resnet(widths: tuple[int, ...] = (16, 32, 64)) -> nn.Module:
-    """A dense stem and one residual block per width, on 8x8, 4x4 and 2x2 pixels."""
-    first, last = widths[0], widths[-1]
-    layers = [nn.Conv2d(1, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU()]
-    for before, width in zip((first, *widths), widths, strict=False):
+    """A stem and one residual block per width, on 8x8, 4x4 and 2x2 pixels."""
+    model = nn.Sequential()
+    model.conv1 = nn.Conv2d(1, widths[0], 3, padding=1, bias=False)
+    model.bn1 = nn.BatchNorm2d(widths[0])
+    model.relu = nn.ReLU()
+    for number, (before, width) in enumerate(zip(widths[:1] + widths, widths, strict=False), 1):
         stride = width // before
         conv = nn.Conv2d(before, width, 1, stride, bias=False)
         shortcut = nn.Sequential(conv, nn.BatchNorm2d(width)) if stride > 1 else None
-        layers.append(BasicBlock(before, width, stride, shortcut))
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, 10)]
-    return nn.Sequential(*layers)
+        model.add_module(f"layer{number}", BasicBlock(before, width, stride, shortcut))
+    model.pool = nn.AdaptiveAvgPool2d(1)
+    model.flatten = nn.Flatten()
+    model.fc = nn.Linear(widths[-1], 10)
+    return model
 
 
 def train(

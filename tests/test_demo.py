@@ -28,12 +28,12 @@ def test_the_example(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *arguments])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     text = capsys.readouterr().out
-    for heading in ("What prepare(1:8) made", "to the deployed graph", "training graph costs"):
+    for heading in ("What prepare(1:8) did", "to the deployed graph", "training graph costs"):
         assert heading in text
     assert "test accuracy (%)" in text
 
 
 def test_the_network_is_prepared_but_for_the_stem():
     prepared = spre_fx.prepare(demo.resnet((8, 16)), "1:8")
-    assert [s.name for s in spre_fx.sites(prepared) if s.pattern is None] == ["0"]
+    assert [s.name for s in spre_fx.sites(prepared) if s.pattern is None] == ["conv1"]
     assert prepared(torch.empty(2, 1, 8, 8)).shape == (2, 10)

@@ -17,11 +17,10 @@ def check_digits(printed: str, output: Path) -> None:
         "What prepare(1:8) did",
         "From the dense model to the training graph",
         "From the training graph to the deployed graph",
+        "What the training graph costs",
         "Results",
     ]
-    assert re.search(
-        r"^layer2\.conv1 +N:M \+ SpRe +1:8 +32x16x3x3 +0\.125 +\d of 9$", printed, re.M
-    )
+    assert re.search(r"^layer2\.conv1 +N:M \+ SpRe +1:8 +32x16x3x3 +0\.125 +\d/9$", printed, re.M)
     assert re.search(r"^conv1 +skipped +16x1x3x3 .*C_in/groups=1 is less than M=8$", printed, re.M)
     result = r"^{} +([\d.]+) +([\d,]+) +([\d,]+)$"
     rows = {
@@ -39,7 +38,7 @@ def check_digits(printed: str, output: Path) -> None:
     (difference,) = re.findall(r"prepared to deployed: (\S+)$", printed, flags=re.MULTILINE)
     assert float(difference) < 1e-4
     picture = output / "spatial_sparsity.png"
-    assert printed.endswith(f"{picture}\n")
+    assert f"picture: {picture}\n" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 10_000
 

@@ -67,7 +67,7 @@ def test_make_nm_keeps_the_very_module_and_all_that_hangs_on_it(make: Make, keep
     assert (layer.note, layer.training, layer.nm_mask.training) == ("mine", False, False)
     layer(inputs(layer)).sum().backward()
     assert calls == ["hook", "gradient hook"]
-    assert "pattern=1:4, method=ASP()" in repr(layer)
+    assert f"pattern=1:4, method={ASP()}" in repr(layer)
     layer.load_state_dict(state, strict=not keep)
 
 
@@ -205,7 +205,7 @@ def test_nm_layers_survive_copying_and_pickling(make: Make, keep: bool, clone: A
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_the_other_modules_survive_copying_and_pickling(clone: Any) -> None:
-    schedule = MaskSchedule(EveryK(2))
+    schedule = MaskSchedule(EveryK(2), ASP())
     schedule()
     twin = clone(schedule)
     assert [twin().item() for _ in range(3)] == [False, True, False]

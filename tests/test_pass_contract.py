@@ -12,7 +12,17 @@ from models import MODELS, Residual, assert_same, prepare, randomise, run
 from torch import nn
 from torch.fx import GraphModule
 
-from spre_fx import ASP, SRSTE, EveryK, EveryStep, InvariantError, Pattern
+from spre_fx import (
+    ASP,
+    GMP,
+    SRSTE,
+    ChannelPermutation,
+    CubicRamp,
+    EveryK,
+    EveryStep,
+    InvariantError,
+    Pattern,
+)
 from spre_fx.backends import DenseBackend
 from spre_fx.passes import (
     Account,
@@ -21,17 +31,21 @@ from spre_fx.passes import (
     Lower,
     Pass,
     PassResult,
+    PermuteChannels,
     Policy,
     Reason,
     Skip,
     SpecialiseToEval,
     WireMasks,
+    WireUnstructured,
     trace,
 )
 from spre_fx.passes.graph_view import GraphView
 
 POLICY = Policy(Pattern(1, 4))
 DUPLICATE = DuplicateBranches(POLICY)
+PERMUTE = PermuteChannels(POLICY, ChannelPermutation(sweeps=1, progress=False))
+UNSTRUCTURED = WireUnstructured(POLICY, GMP(), CubicRamp(0, 4))
 WIRE = WireMasks(POLICY, SRSTE(), EveryStep())
 
 
@@ -50,7 +64,9 @@ def folded(model: nn.Module) -> GraphModule:
 # Each pass and the graphs it is run on: those of its pipeline, and a dense one.
 RUNS: dict[str, tuple[Pass, Callable[[nn.Module], GraphModule]]] = {
     "duplicate": (DUPLICATE, trace),
+    "permute a dense graph": (PERMUTE, trace),
     "wire a dense graph": (WIRE, trace),
+    "wire unstructured masks": (UNSTRUCTURED, trace),
     "wire branches": (WIRE, duplicated),
     "wire branches with a schedule": (WireMasks(POLICY, ASP(), EveryK(2)), duplicated),
     "specialise a dense graph": (SpecialiseToEval(), trace),

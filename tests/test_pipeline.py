@@ -23,7 +23,7 @@ from spre_fx.passes import (
 )
 
 POLICY = Policy(Pattern(1, 4))
-TRAINING = training_pipeline(POLICY, SRSTE(), EveryStep(), branch=True, gamma=0.5)
+TRAINING = training_pipeline(POLICY, SRSTE(), EveryStep(), branch="spre", gamma=0.5)
 DEPLOYMENT = deployment_pipeline(DenseBackend())
 
 
@@ -35,7 +35,7 @@ def test_the_training_pipeline_duplicates_and_wires() -> None:
 
 
 def test_without_a_branch_the_training_pipeline_only_wires() -> None:
-    plain = training_pipeline(POLICY, SRSTE(), EveryK(2), branch=False, gamma=1.0)
+    plain = training_pipeline(POLICY, SRSTE(), EveryK(2), branch=None, gamma=1.0)
     assert plain.passes == (WireMasks(POLICY, SRSTE(), EveryK(2)),)
 
 

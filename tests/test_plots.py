@@ -7,6 +7,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from models import chain
+from test_api import small_net
 from torch import nn
 from torch.fx import GraphModule
 
@@ -214,6 +215,42 @@ def test_what_cannot_be_drawn_says_why(model, found):
 
 
 def test_a_missing_matplotlib_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'spre_fx\[plot\]'"):
         spre_fx.plot_spatial_sparsity(prepared())
+
+
+def images(figure: Figure) -> list:
+    return [ax.get_images()[0] for ax in figure.axes if ax.get_images()]
+
+
+def titles(figure: Figure) -> list[str]:
+    return [ax.get_title() for ax in figure.axes if ax.get_title()]
+
+
+def test_methods_under_each_other_in_one_scale(tmp_path):
+    models = {
+        "SR-STE": spre_fx.prepare(small_net(), "1:8"),
+        "plain": spre_fx.prepare(small_net(), "1:8", branch=None),
+        "ASP": spre_fx.prepare(small_net(), "1:8", method="asp"),
+    }
+    figure = spre_fx.plot_spatial_sparsity(models, tmp_path / "methods.svg")
+    assert (tmp_path / "methods.svg").exists()
+    assert titles(figure) == ["3"]
+    assert [ax.get_ylabel() for ax in figure.axes][:3] == ["SR-STE", "plain", "ASP"]
+    assert len({image.get_clim() for image in images(figure)}) == 1
+    outlined = [len(ax.patches) for ax in figure.axes[:3]]
+    assert outlined[0] > 0
+    assert outlined[1] == 0
+
+
+def test_sites_that_a_method_lacks_stay_empty():
+    net = nn.Sequential(*(nn.Conv2d(8, 8, 3) for _ in range(2)))
+    models = {"both": spre_fx.prepare(net, "1:8"), "one": spre_fx.prepare(net, "1:8", exclude="1")}
+    figure = spre_fx.plot_spatial_sparsity(models)
+    assert [len(ax.get_images()) for ax in figure.axes[:4]] == [1, 1, 1, 0]
+
+
+def test_patterns_are_named_where_they_differ():
+    models = {"8": spre_fx.prepare(small_net(), "1:8"), "4": spre_fx.prepare(small_net(), "1:4")}
+    assert titles(spre_fx.plot_spatial_sparsity(models)) == ["3\n1:8", "1:4"]

@@ -67,11 +67,12 @@ def test_a_record_is_no_part_of_the_state_and_needs_nothing_of_ours_to_be_loaded
     assert type(records.read(conv)) is dict
 
 
-def test_a_note_says_why_a_layer_was_skipped() -> None:
+def test_a_note_adds_why_a_layer_was_skipped() -> None:
     conv = nn.Conv2d(3, 6, 3)
     records.write(conv, Record(pattern="2:4"))
     records.note(conv, LookupError("too few channels"), "conv1: C_in/groups=3 is less than M=4")
     assert records.read(conv) == {
+        "pattern": "2:4",
         "reason": "too few channels",
         "note": "conv1: C_in/groups=3 is less than M=4",
     }

@@ -46,7 +46,7 @@ class Stage(nn.Module):
     def __init__(self, schedule: Schedule, method: MaskMethod) -> None:
         super().__init__()
         dense = CONVS["2d"](dtype=torch.float64)
-        self.schedule, self.spre = MaskSchedule(schedule), new_spre_conv(dense)
+        self.schedule, self.spre = MaskSchedule(schedule, SRSTE()), new_spre_conv(dense)
         self.conv: Any = make_nm(dense, PATTERN, method, keep_masks=schedule.keeps_masks)
         emit_masks(self.conv)
 
@@ -106,7 +106,7 @@ def test_kept_masks_and_steps_stay_what_they_are_when_the_model_changes_type() -
 
 @pytest.mark.parametrize("schedule", [EveryStep(), EveryK(3), Freeze(2), Freeze(0)], ids=repr)
 def test_the_schedule_counts_training_forwards_only(schedule: Schedule) -> None:
-    module, answers = MaskSchedule(schedule), []
+    module, answers = MaskSchedule(schedule, SRSTE()), []
     for _ in range(7):
         assert not module.eval()()
         answers.append(module.train()())
