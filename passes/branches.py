@@ -43,7 +43,7 @@ def _value(node: Any, site: Site, items: Mapping[int, Tensor]) -> Any:
     if not isinstance(node, Node):
         return node
     index: Any = node.args[1] if node.target is operator.getitem else None
-    if index in items and node.args[0] is site.conv:
+    if isinstance(index, int) and index in items and node.args[0] is site.conv:
         return items[index]
     if node.op != "call_function" or node.target is operator.getitem:
         raise _not_the_masks(site, f"one that depends on {node.name}")

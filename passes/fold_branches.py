@@ -11,7 +11,6 @@ replaces compute.
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,8 +50,10 @@ class FoldBranches(Pass):
                     call.args, call.kwargs = (input_of(call),), {}
         schedules = [n for n in view.digraph if isinstance(view.module_of(n), MaskSchedule)]
         schedules += [user for node in schedules for user in view.users(node)]
-        ends = [match.end for match in found.values() if isinstance(match, Site)]
-        erase_unused(graph_module, schedules + ends)
+        sites = [match for match in found.values() if isinstance(match, Site)]
+        erase_unused(graph_module, schedules + [site.end for site in sites])
+        for site in sites:
+            _check_items_are_gone(view, site)
         skipped = {name: match for name, match in found.items() if isinstance(match, Skip)}
         return Account(tuple(name for name in found if name not in skipped), skipped)
 
@@ -61,11 +62,16 @@ class FoldBranches(Pass):
         for name, module in graph_module.named_modules():
             if isinstance(module, NMLayer | SpReConv):
                 raise _not_as_built(name, f"a {type(module).__name__} whose branches do not")
-        for node in graph_module.graph.nodes:
-            if node.target is operator.getitem and node.args[0].op == "call_module":
-                name = node.args[0].target
-                if isinstance(graph_module.get_submodule(name), Layer):
-                    raise _not_as_built(name, f"{node.name}, a mask used elsewhere, which does not")
+
+
+def _check_items_are_gone(view: GraphView, site: Site) -> None:
+    """The masks that a conv returned beside y have no other use than its branch."""
+    if site.spre is None:
+        return
+    for item in view.users(site.conv):
+        if not item._erased:
+            found = f"{item.name}, a value of it that is used elsewhere, which does not"
+            raise _not_as_built(site.name, found)
 
 
 def _not_as_built(name: str, found: str) -> InvariantError:

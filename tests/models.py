@@ -18,8 +18,6 @@ from torch.utils._pytree import tree_leaves
 from spre_fx import SRSTE, EveryStep, MaskMethod, Pattern, Schedule
 from spre_fx.passes import PassResult, Policy, trace, training_pipeline
 
-SHAPE = (2, 8, 6, 6)
-
 
 def randomise(model: nn.Module) -> nn.Module:
     """Draw batch norm state and affine parameters at random, in place."""
@@ -38,7 +36,7 @@ def randomise(model: nn.Module) -> nn.Module:
 def chain(**layers: nn.Module) -> nn.Sequential:
     """The layers one after another, under their names, random."""
     model = randomise(nn.Sequential(OrderedDict(layers)))
-    model.shape = SHAPE
+    model.shape = Model.shape
     return model
 
 
@@ -51,11 +49,12 @@ def conv_bn(**options: Any) -> nn.Sequential:
 class Model(nn.Module):
     """Two convs and two batch norms to call as a subclass likes."""
 
-    shape = SHAPE
+    shape = (2, 8, 6, 6)
+    kind: type[nn.Module] = nn.Conv2d
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.conv1 = self.kind(8, 8, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(8)
         self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
         self.bn2 = nn.BatchNorm2d(8)
@@ -96,17 +95,13 @@ TwoHeads = model_of(
     "TwoHeads",
     lambda m, x: {"one": m.bn1(m.conv1(x.relu())), "more": (m.bn2(m.conv2(x)), x.mean())},
 )
+OtherUsers = model_of("OtherUsers", lambda m, x: m.bn2(m.conv2(m.bn1(y := m.conv1(x)).relu() + y)))
+IndexedOutput = model_of("IndexedOutput", lambda m, x: m.conv2(m.bn1(m.conv1(x)))[:, 0])
 DeadOutput = model_of("DeadOutput", lambda m, x: (m.conv1(x), m.bn2(m.conv2(x)))[1])
 FunctionalDropout = model_of(
     "FunctionalDropout",
     lambda m, x: F.dropout(m.bn2(F.dropout(m.conv2(x), 0.3, m.training)), training=m.training),
 )
-
-
-class OtherUsers(Model):
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(x)
-        return self.bn2(self.conv2(self.bn1(y).relu() + y))
 
 
 class TiedConvs(Model):
@@ -136,9 +131,7 @@ class FunctionalConv(Model):
 
 
 class Transposed(Model):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.ConvTranspose2d(8, 8, 3, padding=1)
+    kind = nn.ConvTranspose2d
 
 
 class Standardised(nn.Conv2d):
@@ -149,9 +142,7 @@ class Standardised(nn.Conv2d):
 
 
 class CustomForward(Model):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = Standardised(8, 8, 3, padding=1)
+    kind = Standardised
 
 
 class Parametrised(Model):
@@ -231,9 +222,19 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     for kind in (
         *(Model, Residual, TwoHeads, SharedConv, SharedBatchNorm, SumIntoBatchNorm, TiedConvs),
         *(TiedBatchNorms, OtherUsers, FunctionalConv, KeywordCall, Transposed, CustomForward),
-        *(Parametrised, Never, DeadOutput, Attention, FunctionalDropout, AuxiliaryHead, DropPath),
+        *(
+            Parametrised,
+            Never,
+            DeadOutput,
+            IndexedOutput,
+            Attention,
+            FunctionalDropout,
+            AuxiliaryHead,
+            DropPath,
+        ),
     )
 } | {
+    "shared block": lambda: chain(**dict.fromkeys("ab", FunctionalDropout())),
     "depthwise": lambda: conv_bn(groups=8),
     "grouped": lambda: conv_bn(groups=2),
     "asymmetric": lambda: conv_bn(kernel_size=(1, 5), padding=(0, 2)),
@@ -245,9 +246,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         pool=nn.AdaptiveMaxPool3d((3, None, None)), conv=nn.Conv2d(3, 8, 3), bn=nn.BatchNorm2d(8)
     ),
 }
-
-# torch refuses to pickle a parametrised module.
-PICKLABLE = {name: build for name, build in MODELS.items() if name != "Parametrised"}
 
 
 def prepare(
