@@ -250,9 +250,18 @@ def branch_without_batch_norm(gm: GraphModule) -> None:
     gm.bn_spre = nn.ReLU()
 
 
+def with_a_second_user(name: str) -> Callable[[GraphModule], None]:
+    def tamper(gm: GraphModule) -> None:
+        output = node_of(gm, "output")
+        output.args = ((*output.args, node_of(gm, name)),)
+
+    return tamper
+
+
 @pytest.mark.parametrize(
     "tamper",
     [
+        *map(with_a_second_user, ("bn", "bn_spre", "conv_spre")),
         sum_of_something_else,
         branch_with_another_input,
         branch_scaled,

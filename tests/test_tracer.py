@@ -135,9 +135,9 @@ def test_only_what_the_forward_makes_no_use_of_is_left_out() -> None:
     assert left_out == {"never.weight", "never.bias", "unused", "ticket"}
 
 
-def test_shared_parameters_stay_shared() -> None:
-    traced = trace(TiedConvs())
-    assert traced.conv1.weight is traced.conv2.weight
+def test_a_module_called_on_other_values_in_evaluation_stays_one_call() -> None:
+    model = model_of("Other", lambda m, x: m.conv1(x if m.training else x.exp()))()
+    assert kinds(trace(model)) == ["placeholder", "exp", "TrainingSwitch", "Conv2d", "output"]
 
 
 def test_requires_grad_hooks_and_attributes_survive() -> None:
@@ -218,10 +218,10 @@ def test_control_flow_is_an_error_with_module_line_and_way_out() -> None:
 
 def test_control_flow_of_the_model_itself_is_not_blamed_on_a_module_inside() -> None:
     with pytest.raises(TraceError) as error:
-        trace(model_of("Sudden", lambda m, x: m.conv1(x) if x.sum() > 0 else x)())
+        trace(model_of("Sudden", lambda m, x: x if m.conv1(x).sum() > 0 else -x)())
     message = str(error.value)
     assert message.startswith("Sudden: ")
-    assert "if x.sum() > 0 else x" in message
+    assert "if m.conv1(x).sum() > 0 else -x" in message
     assert "exclude=" not in message  # there is no name to exclude, and nothing left to prepare
 
 
