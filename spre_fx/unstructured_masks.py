@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch._compile import _disable_dynamo
 
 from spre_fx.modules import MaskSchedule, NMLayer, inside_backward
 from spre_fx.scheduled_mask import KeptMask
@@ -46,7 +47,8 @@ class UnstructuredMasks(MaskSchedule):
         # The next update writes into the masks while autograd may still hold what is returned.
         return tuple(_mask(layer).mask.clone() for layer in self.layers)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    # torch.compiler.disable imports the compiler at once; this, as in torch.optim, when called.
+    @_disable_dynamo
     @torch.no_grad()
     def _advance(self) -> None:
         ask = self.method.is_update
