@@ -22,11 +22,10 @@ class SpecialiseToEval(Pass):
         before = GraphView(graph_module)
         candidates = list(before.candidates)
         modes = [node for node in graph_module.graph.nodes if _follows_mode(before, node)]
-        inputs = [producer for node in modes for producer in node.all_input_nodes]
         for node in modes:
             flag = isinstance(before.module_of(node), TrainingFlag)
             _substitute(node, False if flag else node.args[1])
-        erase_unused(graph_module, modes + inputs)
+        erase_unused(graph_module, modes)
         kept = GraphView(graph_module).candidates
         skipped = {
             name: Skip(Reason.USED_IN_EVALUATION, f"{name}: evaluation needs it")

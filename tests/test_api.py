@@ -101,6 +101,28 @@ def test_the_ablations_of_fig_5_are_wired_in_the_graph(schedule, images):
     }
 
 
+@pytest.mark.parametrize("options", METHODS, ids=str)
+@pytest.mark.parametrize("pattern", ["2:4", "1:8", "3:5"])
+def test_both_branches_and_what_they_fold_into_lie_within_b(pattern, options, images):
+    prepared = spre_fx.prepare(small_net(), pattern, **options)
+    train(prepared, images)
+    conv = prepared.eval().get_submodule("3")
+    with torch.no_grad():
+        nm_mask = conv.masked_weight()[1].bool()
+        merged = spre_fx.finalize(prepared).get_submodule("3").weight
+    assert not merged[~nm_mask].any()
+    assert merged[nm_mask].all()
+    masks = []
+    if "3_spre" in dict(prepared.named_modules()):
+        hook = prepared.get_submodule("3_spre").register_forward_pre_hook(
+            lambda _, arguments: masks.append(arguments[1].bool())
+        )
+        prepared(images)
+        hook.remove()
+    assert len(masks) == (options.get("branch", "spre") is not None)
+    assert not any(mask[~nm_mask].any() for mask in masks)
+
+
 def test_deployed_layers_are_ordinary_and_obey_the_pattern(images):
     prepared = spre_fx.prepare(small_net(), "1:8")
     train(prepared, images)
