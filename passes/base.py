@@ -42,6 +42,7 @@ class Reason(str, Enum):
     NOT_SPARSE = "not sparse"
     ONE_GROUP = "nothing to exchange between groups"
     OPAQUE = "inside a module kept whole"
+    OUTSIDE = "called from code without a graph"
     OTHER_USERS = "output has other users"
     PARAMETRISED = "parametrised weight"
     REFUSED = "refused by the backend"

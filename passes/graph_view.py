@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from spre_fx import records
 from spre_fx.modules import Layer, NMLayer, SpReConv
 
 _FUNCTIONAL = {
@@ -84,6 +85,26 @@ class GraphView:
                 if parameter is not None:
                     owners[id(parameter)].append(name)
         return owners
+
+    @cached_property
+    def readers(self) -> dict[int, list[str]]:
+        """The names of the nodes that read each parameter or buffer by themselves, by its id."""
+        readers = defaultdict(list)
+        for node in self.graph_module.graph.nodes:
+            if node.op == "get_attr":
+                parent, _, leaf = str(node.target).rpartition(".")
+                readers[id(getattr(self.modules[parent], leaf))].append(node.name)
+        return readers
+
+    def shared(self, module: nn.Module) -> str | None:
+        """What else uses a parameter of `module`, in words; None where nothing does."""
+        for name, parameter in module.named_parameters(recurse=False):
+            owners, readers = self.owners[id(parameter)], self.readers[id(parameter)]
+            if len(owners) > 1:
+                return f"its {name} is shared by {', '.join(owners)}"
+            if readers:
+                return f"its {name} is also read by {', '.join(readers)}"
+        return records.read(module).get("shared")
 
     @cached_property
     def candidates(self) -> dict[str, Candidate]:

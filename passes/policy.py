@@ -31,17 +31,18 @@ class Policy:
     exclude: tuple[str | type[nn.Module], ...] = ()
     overrides: Mapping[str, Pattern | None] = field(default_factory=dict)
 
-    def check(self, view: GraphView) -> None:
-        """Refuse an exclusion or override that no layer of the graph answers to.
+    def check(self, *views: GraphView) -> None:
+        """Refuse an exclusion or override that no layer of the graphs answers to.
 
         Raises:
             OptionError: Naming the rule and some of the layers there are.
         """
-        candidates = view.candidates.values()
+        found = [(view, candidate) for view in views for candidate in view.candidates.values()]
+        names = list(dict.fromkeys(candidate.name for _, candidate in found))
         for option, rules in (("exclude", self.exclude), ("overrides", tuple(self.overrides))):
             for rule in rules:
-                if not any(_answers_to(view, candidate, rule) for candidate in candidates):
-                    raise OptionError(_no_match(option, rule, list(view.candidates)))
+                if not any(_answers_to(view, candidate, rule) for view, candidate in found):
+                    raise OptionError(_no_match(option, rule, names))
 
     def pattern_for(self, view: GraphView, candidate: Candidate) -> Pattern | Skip:
         """The pattern of one candidate, or why it stays dense."""
@@ -130,11 +131,7 @@ def _already_sparse(_: GraphView, candidate: Candidate, __: Pattern) -> str | No
 
 def _shared_parameter(view: GraphView, candidate: Candidate, _: Pattern) -> str | None:
     assert candidate.module is not None
-    for name, parameter in candidate.module.named_parameters(recurse=False):
-        owners = view.owners[id(parameter)]
-        if len(owners) > 1:
-            return f"its {name} is shared by {', '.join(owners)}"
-    return None
+    return view.shared(candidate.module)
 
 
 def _depthwise(_: GraphView, candidate: Candidate, __: Pattern) -> str | None:

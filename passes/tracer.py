@@ -7,7 +7,6 @@ graph, and a value that differs goes through a switch. `finalize` takes them out
 
 from __future__ import annotations
 
-import copy
 import os
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx import Tracer as FxTracer
 
 from spre_fx.batch_norm import is_batch_norm
-from spre_fx.errors import ModelError, TraceError
+from spre_fx.errors import TraceError
 from spre_fx.modules import (
     MaskSchedule,
     NMLayer,
@@ -28,6 +27,7 @@ from spre_fx.modules import (
     TrainingFlag,
     TrainingSwitch,
 )
+from spre_fx.passes.edit import copy_model
 from spre_fx.passes.merge_modes import merge_modes
 
 _LEAVES = (
@@ -89,25 +89,45 @@ def trace(model: nn.Module, leaves: Sequence[str | type[nn.Module]] = ()) -> Gra
         TraceError: If `torch.fx` cannot follow the forward; it names the module and the line.
         ModelError: If the model cannot be copied.
     """
-    root = _copy(model)
+    return trace_in_place(copy_model(model), leaves)
+
+
+def trace_in_place(root: nn.Module, leaves: Sequence[str | type[nn.Module]] = ()) -> GraphModule:
+    """Trace a model that need not be copied: the result holds its very modules.
+
+    Args:
+        root: The model. After an error it is as it was.
+        leaves: Modules to keep whole: names, globs or types.
+
+    Raises:
+        TraceError: If `torch.fx` cannot follow the forward; it names the module and the line.
+    """
     modes = {module: module.training for module in root.modules()}
-    training = _trace_graph(root.train(), leaves)
-    evaluation = _trace_graph(root.eval(), leaves)
-    merge_modes(root, training, evaluation, modes)
-    graph_module = GraphModule(root, training, type(model).__name__)
+    modules, attributes = set(modes), set(vars(root))
+    try:
+        training = _trace_graph(root.train(), leaves)
+        evaluation = _trace_graph(root.eval(), leaves)
+        merge_modes(root, training, evaluation, modes)
+    except TraceError:
+        _remove_what_is_new(root, modules, attributes)
+        raise
+    finally:
+        for module in root.modules():
+            module.training = modes[module]
+    graph_module = GraphModule(root, training, type(root).__name__)
     for name, module in graph_module.named_modules():
-        module.training = modes[root.get_submodule(name)]
+        module.training = root.get_submodule(name).training
     return graph_module
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise ModelError(
-            f"{type(model).__name__}: expected a model that copy.deepcopy can copy, found: {error} "
-            "The input model is never modified, so a copy is needed."
-        ) from error
+def _remove_what_is_new(root: nn.Module, modules: set[nn.Module], attributes: set[str]) -> None:
+    """Flags and switches, and the constants that torch.fx puts on the model it traces."""
+    for parent in modules:
+        for name, child in list(parent.named_children()):
+            if child not in modules:
+                delattr(parent, name)
+    for name in set(vars(root)) - attributes:
+        delattr(root, name)
 
 
 def _trace_graph(root: nn.Module, leaves: Sequence[str | type[nn.Module]]) -> Graph:
@@ -115,20 +135,19 @@ def _trace_graph(root: nn.Module, leaves: Sequence[str | type[nn.Module]]) -> Gr
     try:
         return tracer.trace(root)
     except Exception as error:
-        where = tracer.path
-        way_out = "Write that line without control flow on tensor values"
-        if where:
-            way_out += f", or keep the module whole with exclude=[{where!r}]: its layers stay dense"
+        cause = f"{_line(error)}: {error}"
         raise TraceError(
-            f"{where or type(root).__name__}: expected a forward that torch.fx can follow, found "
-            f"at {_line(error)}: {error}. {way_out}."
+            f"{tracer.path or type(root).__name__}: expected a forward that torch.fx can follow, "
+            f"found at {cause}.",
+            tracer.path,
+            cause,
         ) from error
 
 
 def _line(error: Exception) -> str:
     """The innermost line of the user's own code."""
     frames = traceback.extract_tb(error.__traceback__)
-    not_theirs = (os.path.dirname(torch.__file__), __file__)
+    not_theirs = (os.path.join(os.path.dirname(torch.__file__), ""), __file__)
     theirs = [frame for frame in frames if not frame.filename.startswith(not_theirs)]
     frame = (theirs or frames)[-1]
     return f"{frame.filename}:{frame.lineno} `{frame.line}`"

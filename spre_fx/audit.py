@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from spre_fx import records
@@ -107,7 +106,6 @@ def audit(model: nn.Module) -> Audit:
         )
     if not any(layer.stage == "prepared" for layer in layers):
         return Audit(tuple(layers), None)
-    assert isinstance(model, GraphModule)
     try:
         return Audit((*layers, *_layers(finalize(model))), None)
     except VerificationError as error:

@@ -54,6 +54,30 @@ class MaskSchedule(nn.Module):
         return repr(self.schedule)
 
 
+class MaskClock(MaskSchedule):
+    """The schedule of a model that is no single graph, where no node can carry it to every layer.
+
+    It counts the forwards of the whole model, by a hook on it, and its layers ask it.
+
+    Attributes:
+        due: What the masks are told in this forward.
+    """
+
+    due: Tensor
+
+    def __init__(self, schedule: Schedule, method: MaskMethod) -> None:
+        super().__init__(schedule, method)
+        self.register_buffer("due", method.signal(schedule, self.step), persistent=False)
+
+    def tick(self, *_: Any) -> None:
+        """A forward of the model begins."""
+        self.due.copy_(super().forward())
+
+    def forward(self) -> Tensor:
+        """What the masks are told in this forward."""
+        return self.due
+
+
 def inside_backward() -> bool:
     """Whether autograd is at work: a forward within it is that of activation checkpointing."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -71,10 +95,15 @@ class NMLayer(nn.Module):
     nm_mask: nn.Module
     live_taps: nn.Module | None
     dense_gradient: nn.Module | None
+    clock: tuple[MaskClock] | None = None  # in a tuple, for it is no submodule of the layer
+
+    def signal(self, update: Tensor | None) -> Tensor | None:
+        """What the masks are told: what comes along the edge of the graph, or by the clock."""
+        return self.clock[0]() if self.clock is not None else update
 
     def masked_weight(self, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """B * W with the gradient of the mask method, and B."""
-        mask: Tensor = self.nm_mask(self.weight, update)
+        mask: Tensor = self.nm_mask(self.weight, self.signal(update))
         weight = self.method.masked(self.weight, mask)
         return weight if self.dense_gradient is None else self.dense_gradient(weight), mask
 
@@ -98,7 +127,11 @@ class _NMConv(NMLayer, _ConvForward):
         """`y`, or `(y, B, live taps)` where a SpRe branch takes the masks up."""
         weight, mask = self.masked_weight(update)
         y = self._conv_forward(input, weight, self.bias)
-        return y if self.live_taps is None else (y, mask, self.live_taps(self.weight, update))
+        return (
+            y
+            if self.live_taps is None
+            else (y, mask, self.live_taps(self.weight, self.signal(update)))
+        )
 
 
 class NMConv1d(_NMConv, nn.Conv1d):

@@ -24,6 +24,7 @@ class Record(TypedDict, total=False):
         backend: What it was lowered to.
         unstructured: The unstructured method that chose its zeros, which obey no pattern.
         permutation: What became of the order of its input channels.
+        shared: What else uses its parameters, where no graph shows it; it must stay dense.
     """
 
     pattern: str
@@ -32,6 +33,7 @@ class Record(TypedDict, total=False):
     backend: str
     unstructured: str
     permutation: str
+    shared: str
 
 
 def read(module: nn.Module) -> Record:
