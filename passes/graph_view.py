@@ -108,19 +108,25 @@ class GraphView:
 
     @cached_property
     def candidates(self) -> dict[str, Candidate]:
-        """Every conv and linear, module or functional call, by name. SpRe branches are no sites."""
+        """Every conv and linear, module or functional call, by name. SpRe branches are no sites.
+
+        Those in a part with a graph of its own belong to that graph.
+        """
         found = {}
         for name, module in self.graph_module.named_modules():
             if isinstance(module, Layer) and not isinstance(module, SpReConv):
                 calls = tuple(self.calls.get(id(module), ()))
-                found[name] = Candidate(name, module, calls, self._enclosing_leaf(name))
+                inside = self.enclosing_leaf(name)
+                if inside is None or not _is_divided(self.modules[inside]):
+                    found[name] = Candidate(name, module, calls, inside)
         for node in self.graph_module.graph.nodes:
             if node.op == "call_function" and node.target in _FUNCTIONAL:
                 name = f"{node.name} (function)" if node.name in found else node.name
                 found[name] = Candidate(name, None, (node,), None)
         return found
 
-    def _enclosing_leaf(self, name: str) -> str | None:
+    def enclosing_leaf(self, name: str) -> str | None:
+        """The name of the module, a single node of the graph, that a module is inside of."""
         parts = name.split(".")
         parents = (".".join(parts[:end]) for end in range(1, len(parts)))
         return next((p for p in parents if id(self.modules[p]) in self.calls), None)
@@ -143,6 +149,11 @@ class GraphView:
         if isinstance(module, NMLayer) and module.live_taps is not None:
             return next(user for user in self.users(conv) if is_item(user, 0))
         return conv
+
+
+def _is_divided(module: nn.Module) -> bool:
+    """Whether a node calls a module that has a graph, or parts with graphs, of its own."""
+    return isinstance(module, GraphModule) or bool(records.read(module).get("divided"))
 
 
 def is_item(node: Node, index: int) -> bool:

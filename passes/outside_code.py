@@ -67,6 +67,8 @@ def _note_use(
         child = reached._modules.get(parent.attr)
         if child is None:
             break
+        if reached is not module:
+            code.taken_apart.add(reached)
         reached, node, parent = child, parent, parents[parent]
     called = isinstance(parent, ast.Call) and parent.func is node
     if reached is module or called or isinstance(parent, ast.Compare):  # `is not None`

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 from spre_fx.backends import Backend
 from spre_fx.criteria import Criterion
 from spre_fx.methods import MaskMethod
-from spre_fx.modules import MaskClock
+from spre_fx.modules import MaskSchedule
 from spre_fx.passes.base import Account, Pass
 from spre_fx.passes.duplicate_branches import DuplicateBranches
 from spre_fx.passes.fold_branches import FoldBranches
@@ -56,7 +56,7 @@ def training_pipeline(
     branch: BranchKind | None,
     gamma: float,
     criterion: Criterion | None = None,
-    clock: MaskClock | None = None,
+    clock: MaskSchedule | None = None,
 ) -> Pipeline:
     """Dense graph -> training graph."""
     if isinstance(method, UnstructuredMethod):

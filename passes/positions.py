@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 from spre_fx.errors import ModelError
 from spre_fx.passes.edit import copy_model
 from spre_fx.passes.graph_view import GraphView
+from spre_fx.passes.regions import find_regions
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def count_runs(
     runs = _Counts()
     try:
         with torch.no_grad():
-            if isinstance(model, GraphModule):
+            if isinstance(model, GraphModule) and len(find_regions(model)) == 1:
                 _run_fake(model, views, inputs, runs)
             else:
                 copied = copy_model(model).eval()

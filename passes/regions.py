@@ -76,22 +76,24 @@ def assemble(root: nn.Module, regions: list[Region]) -> nn.Module:
     Returns:
         The model, or the graph of its only region where that is all of it.
     """
+    placed: list[tuple[str, nn.Module]] = []
+    whole = root
     for region in regions:
         path = region.names[0]
-        if not path:
-            carry_hooks(root, region.graph_module)
-            root = region.graph_module
-            continue
         module = region.graph_module.get_submodule(path)
         if region.caller is None:
-            old = root.get_submodule(path)
-            name = type(region.graph_module).__name__
-            module = _moved(region.graph_module.graph, module, path, "", name)
-            carry_hooks(old, module)
-        for name in region.names:
-            parent, _, leaf = name.rpartition(".")
-            root.get_submodule(parent)._modules[leaf] = module
-    return root
+            if path:
+                kind = type(region.graph_module).__name__
+                module = _moved(region.graph_module.graph, module, path, "", kind)
+            carry_hooks(root.get_submodule(path), module)
+        if path:
+            placed += [(name, module) for name in region.names]
+        else:
+            whole = module
+    for name, module in sorted(placed, key=lambda place: place[0].count(".")):  # outer ones first
+        parent, _, leaf = name.rpartition(".")
+        whole.get_submodule(parent)._modules[leaf] = module
+    return whole
 
 
 def _moved(graph: Graph, root: nn.Module, old: str, new: str, name: str) -> GraphModule:
@@ -114,6 +116,11 @@ def _nested(module: nn.Module, path: str) -> nn.Module:
         outer.add_module(name, module)
         module = outer
     return module
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether `module` can be called, unlike an `nn.ModuleList`."""
+    return type(module).forward is not nn.Module.forward
 
 
 class _Walk:
@@ -151,9 +158,9 @@ class _Walk:
         return Region(names, GraphModule(_nested(module, names[0]), graph), caller)
 
     def is_kept_whole(self, module: nn.Module) -> bool:
-        """Whether the tracer takes `module` for a single operation."""
+        """Whether the tracer takes `module` for a single operation. A list of modules is none."""
         name = self.names[module][0]
-        return bool(name) and Tracer().is_leaf_module(module, name)
+        return bool(name) and has_forward(module) and Tracer().is_leaf_module(module, name)
 
 
 class _Search(_Walk):
@@ -192,7 +199,7 @@ class _Division(_Walk):
             yield self.alone(module, caller)
             return
         names = tuple(self.names[module])
-        if type(module).forward is not nn.Module.forward and module not in self.taken_apart:
+        if has_forward(module) and module not in self.taken_apart:
             leaves = self._boundaries(module, names[0])
             traced = self._trace(module, leaves)
             if isinstance(traced, GraphModule):
@@ -207,11 +214,15 @@ class _Division(_Walk):
 
     def _boundaries(self, module: nn.Module, path: str) -> set[str]:
         """Names within `module` of what must stay a module: it has hooks, or a use elsewhere."""
-        found = set()
+        found: set[str] = set()
         for name, inner in module.named_modules():
-            layer = isinstance(inner, Layer) or is_batch_norm(inner)
-            elsewhere = path and not all(n.startswith(f"{path}.") for n in self.names[inner])
-            if name and (elsewhere or (has_hooks(inner) and not layer)):
+            if not name or any(name.startswith(f"{boundary}.") for boundary in found):
+                continue
+            elsewhere = [n for n in self.names[inner] if path and not n.startswith(f"{path}.")]
+            if isinstance(inner, Layer) or is_batch_norm(inner):
+                if elsewhere:
+                    _note_shared(inner, f"it also stands at {', '.join(elsewhere)}")
+            elif elsewhere or has_hooks(inner):
                 found.add(name)
         return found
 
@@ -230,6 +241,7 @@ class _Division(_Walk):
 
     def _open(self, module: nn.Module, caller: str) -> None:
         """Leave a module to its own code, and go on with the modules inside."""
+        records.write(module, records.Record(divided=True))
         if not self.tied_are_known:
             self._note_tied_parameters()
         code = read_code(module)

@@ -23,7 +23,7 @@ from spre_fx import masks, records
 from spre_fx.criteria import Criterion, CriterionTaps
 from spre_fx.errors import InvariantError
 from spre_fx.methods import MaskMethod
-from spre_fx.modules import MaskClock, MaskSchedule, NMLayer, emit_masks, make_nm
+from spre_fx.modules import MaskSchedule, NMLayer, emit_masks, make_nm
 from spre_fx.passes.base import Account, Pass, Skip
 from spre_fx.passes.edit import add_module
 from spre_fx.passes.graph_view import Candidate, GraphView, input_of
@@ -53,7 +53,7 @@ class WireMasks(Pass):
     schedule: Schedule
     branch: BranchKind = "spre"
     criterion: Criterion | None = None
-    clock: MaskClock | None = None
+    clock: MaskSchedule | None = None
 
     def rewrite(self, graph_module: GraphModule) -> Account:
         """Turn layers into their N:M kind and connect the masks."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import nn
+from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -20,7 +21,7 @@ from spre_fx.granet import GraNet
 from spre_fx.inspection import uncalled_layers
 from spre_fx.lbc import LBC
 from spre_fx.methods import ASP, SRSTE, MaskMethod
-from spre_fx.modules import MaskClock, NMLayer
+from spre_fx.modules import MaskSchedule, NMLayer
 from spre_fx.passes.base import Account, Reason
 from spre_fx.passes.edit import add_module, copy_model
 from spre_fx.passes.graph_view import GraphView
@@ -116,16 +117,19 @@ def prepare(
     regions = divide(root)
     policy.check(*(GraphView(region.graph_module) for region in regions))
     clock = _clock(root, regions, mask_method, mask_schedule)
-    passes = training_pipeline(
-        policy,
-        mask_method,
-        mask_schedule,
-        branch=branch_kind,
-        gamma=mask_method.spre_gamma if spre_gamma is None else spre_gamma,
-        criterion=scores,
-        clock=clock,
-    )
-    accounts = [passes.run_in_place(region.graph_module)[1][-1] for region in regions]
+    accounts = []
+    for region in regions:
+        passes = training_pipeline(
+            policy,
+            mask_method,
+            mask_schedule,
+            branch=branch_kind,
+            gamma=mask_method.spre_gamma if spre_gamma is None else spre_gamma,
+            criterion=scores,
+            clock=clock,
+        )
+        accounts.append(passes.run_in_place(region.graph_module)[1][-1])
+        clock = clock or _schedule_in(region.graph_module)
     _check_any_sparse(accounts)
     _note_callers(regions)
     prepared = assemble(root, regions)
@@ -182,9 +186,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _clock(
     root: nn.Module, regions: list[Region], method: MaskMethod, schedule: Schedule
-) -> MaskClock | None:
-    """What counts the forwards of a model that is no single graph, where they count."""
-    if regions and regions[0].names == ("",):
+) -> MaskSchedule | None:
+    """What counts the forwards of a model that is no graph, which could do it, but has graphs."""
+    if len(regions) == 1 and regions[0].names == ("",):
         return None
     if isinstance(method, UnstructuredMethod):
         raise ModelError(
@@ -192,18 +196,23 @@ def _clock(
             "since such a method looks at all its layers at once, found "
             f"{type(root).__name__}, which it can follow in parts only. Choose an N:M method."
         )
-    if not schedule.counts_steps:
+    if not schedule.counts_steps or any(region.names == ("",) for region in regions):
         return None
     device = next(root.parameters()).device
-    clock = MaskClock(schedule, method).to(device).train(root.training)
+    clock = MaskSchedule(schedule, method).to(device).train(root.training)
     add_module(root, "mask_schedule", clock)
     root.register_forward_pre_hook(clock.tick)
     return clock
 
 
+def _schedule_in(graph_module: GraphModule) -> MaskSchedule | None:
+    return next((m for m in graph_module.modules() if isinstance(m, MaskSchedule)), None)
+
+
 def _remove_clock(model: nn.Module) -> None:
+    """What `_clock` added to a model, now a part of `model` or all of it."""
     for name, clock in list(model.named_modules()):
-        if isinstance(clock, MaskClock):
+        if isinstance(clock, MaskSchedule):
             parent, _, leaf = name.rpartition(".")
             owner = model.get_submodule(parent)
             delattr(owner, leaf)
