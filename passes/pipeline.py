@@ -45,6 +45,7 @@ class Pipeline:
             result = each.run_in_place(graph_module)
             graph_module = result.graph_module
             accounts.append(result.account)
+        graph_module.recompile()
         return graph_module, accounts
 
 

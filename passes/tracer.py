@@ -1,15 +1,17 @@
 """Traces a model into a GraphModule that is right in training and in evaluation.
 
-A `torch.fx` trace fixes every `self.training` at its value during the trace. The model is therefore
-traced in both modes and the two graphs are merged: a flag that differs becomes a value of the
-graph, and a value that differs goes through a switch. `finalize` takes them out again.
+A `torch.fx` trace fixes every `self.training` at its value during the trace. A model whose code
+looks at it is therefore traced in both modes and the two graphs are merged: a flag that differs
+becomes a value of the graph, and a value that differs goes through a switch. `finalize` takes them
+out again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -54,6 +56,14 @@ class Tracer(FxTracer):
         self._names = [leaf for leaf in leaves if isinstance(leaf, str)]
         self._types = tuple(leaf for leaf in leaves if isinstance(leaf, type))
         self.path = ""
+        self.asked_for_mode = False
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """As usual, taking note of code that looks at `training`."""
+        if attr == "training":
+            self.asked_for_mode = True
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether `m` stays one node."""
@@ -105,9 +115,10 @@ def trace_in_place(root: nn.Module, leaves: Sequence[str | type[nn.Module]] = ()
     modes = {module: module.training for module in root.modules()}
     modules, attributes = set(modes), set(vars(root))
     try:
-        training = _trace_graph(root.train(), leaves)
-        evaluation = _trace_graph(root.eval(), leaves)
-        merge_modes(root, training, evaluation, modes)
+        training, depends_on_mode = _trace_graph(root.train(), leaves)
+        if depends_on_mode:
+            evaluation, _ = _trace_graph(root.eval(), leaves)
+            merge_modes(root, training, evaluation, modes)
     except TraceError:
         _remove_what_is_new(root, modules, attributes)
         raise
@@ -130,10 +141,12 @@ def _remove_what_is_new(root: nn.Module, modules: set[nn.Module], attributes: se
         delattr(root, name)
 
 
-def _trace_graph(root: nn.Module, leaves: Sequence[str | type[nn.Module]]) -> Graph:
+def _trace_graph(root: nn.Module, leaves: Sequence[str | type[nn.Module]]) -> tuple[Graph, bool]:
+    """The graph, and whether it may be another one in the other mode."""
     tracer = Tracer(leaves)
     try:
-        return tracer.trace(root)
+        with _hidden_modes(root):
+            graph = tracer.trace(root)
     except Exception as error:
         cause = f"{_line(error)}: {error}"
         raise TraceError(
@@ -142,6 +155,28 @@ def _trace_graph(root: nn.Module, leaves: Sequence[str | type[nn.Module]]) -> Gr
             tracer.path,
             cause,
         ) from error
+    return graph, tracer.asked_for_mode or any(map(_has_own_modes, root.modules()))
+
+
+def _has_own_modes(module: nn.Module) -> bool:
+    """Whether a class does more at `train()` and `eval()` than to set `training`."""
+    kind = type(module)
+    return kind.train is not nn.Module.train or kind.eval is not nn.Module.eval
+
+
+@contextlib.contextmanager
+def _hidden_modes(root: nn.Module) -> Iterator[None]:
+    """Keep `training` where reading it goes through `nn.Module.__getattr__`, and so the tracer."""
+    modes = {module: module.training for module in root.modules()}
+    try:
+        for module, mode in modes.items():
+            del module.__dict__["training"]
+            module._buffers["training"] = mode  # type: ignore[assignment]  # no tensor, but found
+        yield
+    finally:
+        for module, mode in modes.items():
+            module._buffers.pop("training", None)
+            module.training = mode
 
 
 def _line(error: Exception) -> str:
