@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from spre_fx.errors import ModelError
@@ -18,7 +19,7 @@ def copy_model(model: nn.Module) -> nn.Module:
         ModelError: If the model cannot be copied.
     """
     try:
-        copied = copy.deepcopy(model)
+        copied = copy.deepcopy(model, _detached(model))
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__}: expected a model that copy.deepcopy can copy, found: {error} "
@@ -28,6 +29,13 @@ def copy_model(model: nn.Module) -> nn.Module:
         if isinstance(theirs, GraphModule):
             carry_hooks(theirs, ours)
     return copied
+
+
+def _detached(model: nn.Module) -> dict[int, Any]:
+    """What to copy of results that a forward left in attributes, which torch does not copy."""
+    values = [value for module in model.modules() for value in vars(module).values()]
+    results = [v for v in values if isinstance(v, Tensor) and not v.is_leaf]
+    return {id(result): result.detach().clone() for result in results}
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -70,7 +70,7 @@ def _note_use(
         if reached is not module:
             code.taken_apart.add(reached)
         reached, node, parent = child, parent, parents[parent]
-    called = isinstance(parent, ast.Call) and parent.func is node
+    called = isinstance(parent, ast.Call) and (parent.func is node or _is_checkpoint(parent))
     if reached is module or called or isinstance(parent, ast.Compare):  # `is not None`
         return
     code.taken_apart.add(reached)
@@ -79,3 +79,9 @@ def _note_use(
         *reached._buffers,
     }:
         code.read.add(reached)
+
+
+def _is_checkpoint(call: ast.Call) -> bool:
+    """Whether a call is `checkpoint(module, x)`, which calls the module it is given."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    return name == "checkpoint"

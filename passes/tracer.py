@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import os
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.fx import Tracer as FxTracer
 
 from spre_fx.batch_norm import is_batch_norm
@@ -30,6 +31,12 @@ from spre_fx.modules import (
     TrainingSwitch,
 )
 from spre_fx.passes.edit import copy_model
+from spre_fx.passes.lost_in_trace import (
+    Attributes,
+    context,
+    do_the_same,
+    optional_arguments,
+)
 from spre_fx.passes.merge_modes import merge_modes
 
 _LEAVES = (
@@ -57,6 +64,7 @@ class Tracer(FxTracer):
         self._types = tuple(leaf for leaf in leaves if isinstance(leaf, type))
         self.path = ""
         self.asked_for_mode = False
+        self._context = context()
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """As usual, taking note of code that looks at `training`."""
@@ -64,6 +72,15 @@ class Tracer(FxTracer):
             self.asked_for_mode = True
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        """As usual, unless the operation runs in a context that the graph would not show."""
+        if context() != self._context:
+            raise RuntimeError(
+                "it runs under torch.no_grad(), autocast, activation checkpointing or the like, "
+                "which a graph does not hold"
+            )
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether `m` stays one node."""
@@ -115,9 +132,9 @@ def trace_in_place(root: nn.Module, leaves: Sequence[str | type[nn.Module]] = ()
     modes = {module: module.training for module in root.modules()}
     modules, attributes = set(modes), set(vars(root))
     try:
-        training, depends_on_mode = _trace_graph(root.train(), leaves)
+        training, depends_on_mode = _trace_mode(root.train(), leaves)
         if depends_on_mode:
-            evaluation, _ = _trace_graph(root.eval(), leaves)
+            evaluation, _ = _trace_mode(root.eval(), leaves)
             merge_modes(root, training, evaluation, modes)
     except TraceError:
         _remove_what_is_new(root, modules, attributes)
@@ -141,13 +158,28 @@ def _remove_what_is_new(root: nn.Module, modules: set[nn.Module], attributes: se
         delattr(root, name)
 
 
-def _trace_graph(root: nn.Module, leaves: Sequence[str | type[nn.Module]]) -> tuple[Graph, bool]:
-    """The graph, and whether it may be another one in the other mode."""
+def _trace_mode(root: nn.Module, leaves: Sequence[str | type[nn.Module]]) -> tuple[Graph, bool]:
+    """The graph in the mode the model is in, and whether it may be another in the other mode."""
     tracer = Tracer(leaves)
+    graph = _trace_graph(root, tracer, None)
+    optional = optional_arguments(root)
+    if optional and not do_the_same(graph, _trace_graph(root, Tracer(leaves), optional)):
+        raise TraceError(
+            f"{type(root).__name__}: expected a forward that does the same with and without its "
+            f"optional arguments, found one that looks whether {' or '.join(optional)} is None."
+        )
+    return graph, tracer.asked_for_mode or any(map(_has_own_modes, root.modules()))
+
+
+def _trace_graph(root: nn.Module, tracer: Tracer, arguments: dict[str, None] | None) -> Graph:
+    """The graph that `tracer` makes, with some arguments fixed."""
+    attributes = Attributes(root)
     try:
-        with _hidden_modes(root):
-            graph = tracer.trace(root)
+        with _hidden_modes(root), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a run without values
+            graph = tracer.trace(root, arguments)
     except Exception as error:
+        attributes.restore()
         cause = f"{_line(error)}: {error}"
         raise TraceError(
             f"{tracer.path or type(root).__name__}: expected a forward that torch.fx can follow, "
@@ -155,7 +187,15 @@ def _trace_graph(root: nn.Module, leaves: Sequence[str | type[nn.Module]]) -> tu
             tracer.path,
             cause,
         ) from error
-    return graph, tracer.asked_for_mode or any(map(_has_own_modes, root.modules()))
+    changed = attributes.restore()
+    if changed is not None:
+        module, attribute = changed
+        raise TraceError(
+            f"{module or type(root).__name__}: expected a forward that leaves its module as it is, "
+            f"found one that writes the attribute {attribute!r}.",
+            module,
+        )
+    return graph
 
 
 def _has_own_modes(module: nn.Module) -> bool:
