@@ -73,11 +73,12 @@ def _note_use(
     called = isinstance(parent, ast.Call) and (parent.func is node or _is_checkpoint(parent))
     if reached is module or called or isinstance(parent, ast.Compare):  # `is not None`
         return
+    of_tensor = parents[parent] if isinstance(parent, ast.Attribute) else None
+    if isinstance(of_tensor, ast.Attribute) and of_tensor.attr in ("dtype", "device", "shape"):
+        return
     code.taken_apart.add(reached)
-    if isinstance(parent, ast.Attribute) and parent.attr in {
-        *reached._parameters,
-        *reached._buffers,
-    }:
+    own = {*reached._parameters, *reached._buffers}
+    if isinstance(parent, ast.Attribute) and parent.attr in own:
         code.read.add(reached)
 
 

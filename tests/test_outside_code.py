@@ -62,6 +62,11 @@ class Asks(Base):
         return x.reshape(-1, self.a.in_features)
 
 
+class AsksOfATensor(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x.to(self.a.weight.dtype))
+
+
 class Inherits(Iterates):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self.a(x))
@@ -78,6 +83,7 @@ class Inherits(Iterates):
         (Indexes, {"b"}, set()),
         (Reaches, {"inner"}, set()),
         (Asks, {"a"}, set()),
+        (AsksOfATensor, set(), set()),
         (Inherits, {"b"}, set()),
     ],
 )
