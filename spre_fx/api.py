@@ -45,6 +45,7 @@ def prepare(
     schedule: Schedule | None = None,
     spre_gamma: float | None = None,
     criterion: Literal["magnitude", "taylor", "snip", "grasp"] | Criterion = "magnitude",
+    depthwise: Literal["flat"] | None = None,
 ) -> nn.Module:
     """Make a model ready for N:M sparse training with Spatial Re-parameterization.
 
@@ -82,6 +83,12 @@ def prepare(
         criterion: How B^U is chosen, and with it the live taps. All but "magnitude" need gradients:
             call `spre_fx.update_taps` in the training loop. Until its first call taps are those of
             magnitude.
+        depthwise: What becomes of depthwise convs, whose filters have a single input channel to
+            group. None: they stay dense. "flat": they are sparsified as in Tables 4 and 5 of the
+            paper, in groups of M consecutive weights in the order (C_out, *kernel), which straddle
+            taps and filters, as the published code of SR-STE (Zhou et al., 2021) groups any weight.
+            For reproducing those tables: no sparse op computes such a layer, so `finalize` leaves
+            it an ordinary one.
 
     Returns:
         A GraphModule, or a copy of `model` with GraphModules inside, in its training mode and on
@@ -104,6 +111,7 @@ def prepare(
             rule: None if other is None else Pattern.parse(other)
             for rule, other in (overrides or {}).items()
         },
+        depthwise=depthwise,
     )
     patterns = {policy.pattern, *policy.overrides.values()} - {None}
     mask_method.check([p for p in patterns if p is not None], mask_schedule)
