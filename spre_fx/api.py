@@ -25,6 +25,7 @@ from spre_fx.passes.policy import Policy
 from spre_fx.passes.tracer import trace
 from spre_fx.passes.wire_masks import BranchKind
 from spre_fx.patterns import Pattern
+from spre_fx.ranks import keep_masks_from_ddp
 from spre_fx.schedules import Schedule
 from spre_fx.unstructured import GMP, RigL, UnstructuredMethod
 
@@ -49,7 +50,8 @@ def prepare(
 
     Parameters and buffers keep their names: a dense checkpoint loads into the result with only the
     keys of the SpRe branches, and of masks that are kept between steps, missing. Random numbers for
-    the new branches come from torch's global generator.
+    the new branches come from torch's global generator. `torch.func` and `vmap` over the result are
+    out of scope.
 
     Args:
         model: Any module that `torch.fx` can trace. Never modified.
@@ -66,7 +68,7 @@ def prepare(
             `torch.fx` cannot follow.
         overrides: Name or glob -> another pattern, or None for dense. The last match wins.
         schedule: At which training forwards the masks are recomputed. Default: the method's, which
-            is every one for SR-STE and never for ASP. LBC, GMP and GraNet need a `CubicRamp`,
+            is every one for SR-STE and the first for ASP. LBC, GMP and GraNet need a `CubicRamp`,
             RigL a `Freeze` around an `EveryK`.
         spre_gamma: Starting value of gamma of the SpRe branch's batch norm. Default: the method's,
             1 from scratch and 0 on pre-trained weights, where the network then computes at the
@@ -118,6 +120,7 @@ def prepare(
     )
     prepared, accounts = passes.run_in_place(graph_module)
     _check_any_sparse(accounts[-1])
+    keep_masks_from_ddp(prepared)
     return prepared
 
 

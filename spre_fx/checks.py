@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from typing import Any
 
 import torch
@@ -58,6 +59,14 @@ def check_tensors(model: nn.Module) -> None:
     checked = {id(parameter) for parameter in model.parameters()}
     checked |= {id(buffer) for norm in norms for buffer in norm.buffers()}
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if _is_sharded(tensor):
+            raise ModelError(
+                f"{name}: expected whole tensors, found a shard of one (DTensor). Call prepare "
+                "before fully_shard. To finalize, gather the weights "
+                "(torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+                "full_state_dict=True), load them into a prepared model that is not sharded, and "
+                "finalize that."
+            )
         if tensor.device.type == "meta":
             raise ModelError(
                 f"{name}: expected values, found a tensor on the meta device. Load the weights "
@@ -72,6 +81,11 @@ def check_tensors(model: nn.Module) -> None:
 
 def _never_ran(module: Any) -> bool:
     return bool(module.has_uninitialized_params()) or module.cls_to_become is not None
+
+
+def _is_sharded(tensor: torch.Tensor) -> bool:
+    home = sys.modules.get("torch.distributed.tensor")  # nobody has a DTensor without it
+    return home is not None and isinstance(tensor, home.DTensor)
 
 
 def _not_finite(tensor: torch.Tensor) -> str:

@@ -28,7 +28,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,7 @@ class CombinationMask(nn.Module):
         members: The 0-1 matrix A, `(C, M)`; not in the `state_dict`.
     """
 
+    per_rank: ClassVar[tuple[str, ...]] = ("removed", "members")
     removed: Tensor
     members: Tensor
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -37,8 +37,14 @@ class UnstructuredMasks(MaskSchedule):
         self.layers = list(layers)  # a plain list: submodules of the model, not of this
         for layer in layers if method.needs_gradient else ():
             layer.dense_gradient = DenseGradient(layer.weight).train(layer.training)
-        with torch.no_grad():
-            method.start(self._states())
+        self._start()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        states = self._states()
+        for state in states:
+            state.mask.fill_(True)
+        self.method.start(states)
 
     def forward(self) -> tuple[Tensor, ...]:  # type: ignore[override]
         """The mask of each layer."""
@@ -51,15 +57,18 @@ class UnstructuredMasks(MaskSchedule):
     @_disable_dynamo
     @torch.no_grad()
     def _advance(self) -> None:
+        self._check_rank()
         ask = self.method.is_update
-        asked = [ask(self.schedule, self.step), ask(self.schedule, self.step + 1)]
-        due, next_due = torch.stack(asked).tolist()
+        asked = [ask(self.schedule, self.step), ask(self.schedule, self.step + 1), self.step == 0]
+        due, next_due, first = torch.stack(asked).tolist()
+        if first:  # ranks may have been made equal, or weights loaded, since `prepare`
+            self._start()
         if due:
             self.method.update(self._states(reduce=True), self.schedule, int(self.step))
         for layer in self.layers:
             if isinstance(layer.dense_gradient, DenseGradient):
                 layer.dense_gradient.collect(next_due)
-        self.step += 1
+        self._count()
 
     def _states(self, *, reduce: bool = False) -> list[LayerState]:
         states = []
@@ -80,9 +89,8 @@ def _mask(layer: NMLayer) -> KeptMask:
 class DenseGradient(nn.Module):
     """Takes note of the gradient of B * W, removed weights included, on its way back.
 
-    Kept only in the backward before an update. On several ranks it is summed over them when it is
-    used; DDP, unless told `broadcast_buffers=False`, has made it rank 0's by then. Masks are equal
-    on all ranks either way.
+    Kept only in the backward before an update. Each rank has its own, and they are summed over the
+    ranks when they are used: a checkpoint of one rank holds that rank's.
 
     Args:
         weight: `(C_out, C_in/groups, *kernel)`.
@@ -91,6 +99,7 @@ class DenseGradient(nn.Module):
         sum: The gradient, of the shape of the weight; in the `state_dict`.
     """
 
+    per_rank: ClassVar[tuple[str, ...]] = ("sum",)
     sum: Tensor
 
     def __init__(self, weight: Tensor) -> None:
