@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from spre_fx.batch_norm import is_batch_norm
 from spre_fx.errors import ModelError
 from spre_fx.modules import NMLayer
+from spre_fx.ranks import is_shard
 
 
 def check_model(model: nn.Module) -> None:
@@ -59,7 +59,7 @@ def check_tensors(model: nn.Module) -> None:
     checked = {id(parameter) for parameter in model.parameters()}
     checked |= {id(buffer) for norm in norms for buffer in norm.buffers()}
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if _is_sharded(tensor):
+        if is_shard(tensor):
             raise ModelError(
                 f"{name}: expected whole tensors, found a shard of one (DTensor). Call prepare "
                 "before fully_shard. To finalize, gather the weights "
@@ -81,11 +81,6 @@ def check_tensors(model: nn.Module) -> None:
 
 def _never_ran(module: Any) -> bool:
     return bool(module.has_uninitialized_params()) or module.cls_to_become is not None
-
-
-def _is_sharded(tensor: torch.Tensor) -> bool:
-    home = sys.modules.get("torch.distributed.tensor")  # nobody has a DTensor without it
-    return home is not None and isinstance(tensor, home.DTensor)
 
 
 def _not_finite(tensor: torch.Tensor) -> str:

@@ -158,7 +158,8 @@ class CombinationMask(nn.Module):
 
     def _to_weight(self, groups: Tensor) -> Tensor:
         """`(C_out, groups, *kernel, M)` -> `(C_out, C_in/groups, *kernel)`."""
-        return groups.movedim(-1, 2).flatten(1, 2)[:, : self.channels]
+        weight = groups.movedim(-1, 2).flatten(1, 2)[:, : self.channels]
+        return weight.clone()  # FSDP warns of modules that return views
 
 
 class _Held(torch.autograd.Function):

@@ -283,6 +283,7 @@ def emit_masks(layer: NMLayer) -> None:
 def new_spre_conv(conv: _ConvNd) -> SpReConv:
     """A conv configured as `conv`, with fresh weights from its class's own initialiser."""
     spre = _SPRE_TYPES[type(conv)](**_options(conv))
+    spre.weight.data = laid_out_as(conv.weight, spre.weight.detach())
     return spre.train(conv.training).requires_grad_(conv.weight.requires_grad)
 
 
@@ -291,9 +292,16 @@ def new_plain(layer: Layer | SpReConv, weight: Tensor, bias: Tensor | None) -> L
     plain: Any = next(kind for kind in SPARSIFIABLE if isinstance(layer, kind))
     new: Layer = nn.utils.skip_init(plain, **_options(layer) | {"bias": bias is not None})
     trainable = layer.weight.requires_grad
-    new.weight = nn.Parameter(weight, requires_grad=trainable)
+    new.weight = nn.Parameter(laid_out_as(layer.weight, weight), requires_grad=trainable)
     new.bias = None if bias is None else nn.Parameter(bias, requires_grad=trainable)
     return new.train(layer.training)
+
+
+def laid_out_as(model: Tensor, values: Tensor) -> Tensor:
+    """The values in the memory format (channels_last, or not) of a tensor of their shape."""
+    if values.stride() == model.stride():
+        return values
+    return torch.empty_like(model, dtype=values.dtype, requires_grad=False).copy_(values)
 
 
 _LINEAR_OPTIONS = ("in_features", "out_features")

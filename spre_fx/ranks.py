@@ -1,16 +1,33 @@
-"""What DistributedDataParallel is told about the buffers of a prepared model.
+"""What training on several ranks needs to know about tensors.
 
-By default DDP broadcasts every buffer of rank 0 before each forward. Masks are functions of the
-weights, which it keeps equal anyway, and of steps, so each rank makes the very same ones.
+By default DistributedDataParallel broadcasts every buffer of rank 0 before each forward. Masks are
+functions of the weights, which it keeps equal anyway, and of steps, so each rank makes the very
+same ones.
 """
 
 from __future__ import annotations
 
-from torch import nn
+import sys
+from typing import Any
+
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 _PRESERVED = "_user_preserved_attributes"  # in the meta of a GraphModule: what its copies keep
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, as fully_shard leaves them."""
+    home = sys.modules.get("torch.distributed.tensor")  # nobody has one without importing this
+    return home is not None and isinstance(tensor, home.DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or what its shards make together; then every rank has to ask for it."""
+    shard: Any = tensor
+    gathered: Tensor = shard.full_tensor() if is_shard(tensor) else tensor
+    return gathered
 
 
 def keep_masks_from_ddp(model: nn.Module) -> None:

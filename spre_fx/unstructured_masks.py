@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch._compile import _disable_dynamo
 
+from spre_fx.errors import ModelError
 from spre_fx.modules import MaskSchedule, NMLayer, inside_backward
+from spre_fx.ranks import is_shard
 from spre_fx.scheduled_mask import KeptMask
 from spre_fx.schedules import Schedule
 from spre_fx.unstructured import LayerState, UnstructuredMethod
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class UnstructuredMasks(MaskSchedule):
     """Updates the masks of all layers where an update is due, and gives them to the graph.
 
     The layers own their masks; this module holds a plain reference to each. It reads all weights
-    at once, so it takes FSDP2 applied at the root, not to submodules. The step is read on the host,
-    once a forward; under `torch.compile` that is one graph break.
+    at once, so it takes FSDP2 applied at the root, not to submodules, and RigL and GraNet, which
+    write weights, not at all. The step is read on the host, once a forward; under `torch.compile`
+    that is one graph break.
 
     Args:
         layers: The layers, whose `nm_mask` is a `KeptMask`.
@@ -45,6 +51,15 @@ class UnstructuredMasks(MaskSchedule):
         for state in states:
             state.mask.fill_(True)
         self.method.start(states)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; the moment to see whether weights are shards between two steps."""
+        if self.method.needs_gradient and any(is_shard(layer.weight) for layer in self.layers):
+            raise ModelError(
+                f"{type(self.method).__name__}: expected whole weights, found shards: weights that "
+                "come back are set to 0, which fully_shard would lose. Use DistributedDataParallel."
+            )
+        return super().train(mode)
 
     def forward(self) -> tuple[Tensor, ...]:  # type: ignore[override]
         """The mask of each layer."""
@@ -73,6 +88,12 @@ class UnstructuredMasks(MaskSchedule):
     def _states(self, *, reduce: bool = False) -> list[LayerState]:
         states = []
         for layer in self.layers:
+            if is_shard(layer.weight):
+                raise ModelError(
+                    f"{type(self.method).__name__}: expected whole weights, found shards: it looks "
+                    "at all layers at once. Apply fully_shard to the whole model only, or use "
+                    "DistributedDataParallel."
+                )
             gradient = getattr(layer.dense_gradient, "sum", None)
             if gradient is not None and reduce and _is_distributed():
                 distributed.all_reduce(gradient)
