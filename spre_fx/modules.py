@@ -36,8 +36,8 @@ class MaskSchedule(nn.Module):
         method: The mask method, which may tell its masks more than that.
 
     Raises:
-        ModelError: In training, if the masks of this rank are not those of `step`. Compiled, and on
-            other devices than the CPU, it is a RuntimeError with the same words.
+        ModelError: In training, if the masks of this rank are not those of `step`. Compiled it is a
+            RuntimeError with the same words, on CUDA an assertion of the device.
     """
 
     per_rank: ClassVar[tuple[str, ...]] = ("own_step",)
@@ -68,9 +68,10 @@ class MaskSchedule(nn.Module):
 
     def _check_rank(self) -> None:
         same = self.step == self.own_step
-        if torch.compiler.is_compiling() or same.device.type != "cpu":
+        device = same.device.type
+        if device == "cuda" or (device == "cpu" and torch.compiler.is_compiling()):
             torch._assert_async(same, _STRAY_RANK)  # no waiting for the device
-        elif not same:
+        elif not torch.compiler.is_compiling() and not same:
             found = f"found step {int(self.step)} and masks of step {int(self.own_step)}"
             raise ModelError(f"{_STRAY_RANK} ({found})")
 
@@ -79,7 +80,7 @@ class MaskSchedule(nn.Module):
         return repr(self.schedule)
 
 
-_STRAY_RANK = (
+_STRAY_RANK = (  # at most 254 characters, for an assertion on CUDA
     "mask_schedule: expected masks of the same step on every rank, found others than those of rank "
     "0. Load the checkpoint on every rank before DistributedDataParallel, which broadcasts no "
     "masks, and run no training forward on one rank alone"

@@ -1,7 +1,9 @@
 """A small model, every way of training it, and one step of each: what the tests of loops share."""
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from models import randomise
 from torch import Tensor, nn
@@ -26,6 +28,12 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 OF_LAYERS = {name: RECIPES[name] for name in RECIPES if name not in ("gmp", "rigl", "granet")}
 SHAPE = (4, 8, 6, 6)
+
+
+def quick(*kept: str, of: Iterable[str] = RECIPES) -> list[Any]:
+    """Recipes as parameters of a test: all but these few are slow."""
+    slow = pytest.mark.slow
+    return [name if name in kept else pytest.param(name, marks=slow) for name in of]
 
 
 def net(*, norms: bool = True) -> nn.Sequential:

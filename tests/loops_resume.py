@@ -16,7 +16,7 @@ import torch
 import torch._dynamo  # what a first step imports, here once for all forks
 from loops import RECIPES, prepared, sgd, train
 
-STEPS = 12
+STEPS = 10
 MOMENTS = 4  # of each step at which a life may end
 
 
