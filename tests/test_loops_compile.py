@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from loops import OF_LAYERS, assert_agrees, batch, loss_of, masks, prepared, sgd
+from loops import OF_LAYERS, assert_agrees, batch, loss_of, masks, prepared, quick, sgd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from spre_fx import SRSTE, methods
@@ -51,15 +51,7 @@ def state(model: torch.nn.Module) -> list[torch.Tensor]:
     return kept or list(masks(model).values())
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        recipe
-        if recipe in ("sr-ste", "sr-ste every 3", "asp", "lbc")
-        else pytest.param(recipe, marks=pytest.mark.slow)
-        for recipe in RECIPES
-    ],
-)
+@pytest.mark.parametrize("recipe", quick("sr-ste", "sr-ste every 3", "asp", "lbc", of=RECIPES))
 def test_compiled_once_it_trains_as_uncompiled(recipe):
     changed = both(recipe, "aot_eager")
     assert any(changed) is (recipe != "asp")
@@ -71,7 +63,7 @@ def test_compiled_once_by_inductor_it_trains_as_uncompiled(recipe):
     both(recipe, "inductor")
 
 
-@pytest.mark.parametrize("recipe", ["sr-ste every 3", pytest.param("lbc", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recipe", quick("sr-ste every 3", of=("sr-ste every 3", "lbc")))
 def test_a_compiled_training_goes_on_from_a_checkpoint_without_compiling_again(recipe):
     model, counter = prepared(recipe), CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)

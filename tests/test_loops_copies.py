@@ -14,6 +14,7 @@ from loops import (
     loss_of,
     masks,
     prepared,
+    quick,
     sgd,
     train,
 )
@@ -44,7 +45,7 @@ def averaged(recipe: str, use_buffers: bool, **average) -> tuple[torch.nn.Module
     return model, average
 
 
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("average", quick("ema", of=AVERAGES))
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_average_without_buffers_has_the_masks_of_the_model(recipe, average):
     model, copied = averaged(recipe, use_buffers=False, **AVERAGES[average])
@@ -62,7 +63,7 @@ def test_an_average_without_buffers_has_the_masks_of_the_model(recipe, average):
     assert_obeys(recipe, copied.module)
 
 
-@pytest.mark.parametrize("average", ["ema", "ema one by one"])
+@pytest.mark.parametrize("average", quick("ema", of=("ema", "ema one by one")))
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_average_of_buffers_too_still_obeys_the_pattern(recipe, average):
     _, copied = averaged(recipe, use_buffers=True, **AVERAGES[average])

@@ -4,12 +4,15 @@ import warnings
 
 import pytest
 import torch
-from loops import RECIPES, assert_agrees, batch, loss_of, prepared, sgd
+from loops import RECIPES, assert_agrees, batch, loss_of, prepared, quick, sgd
 from models import assert_same
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Lightning imports warns of what it imports
     lightning = pytest.importorskip("lightning", reason="Lightning is an optional extra")
+
+
+WITHOUT_OUR_CODE = [name for name in RECIPES if name != "taylor"]
 
 
 def module_of(recipe: str) -> "lightning.LightningModule":
@@ -48,7 +51,7 @@ def fit(module, directory, steps, **options):
     return trainer
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "taylor"])
+@pytest.mark.parametrize("recipe", quick("sr-ste every 3", "asp", "rigl", of=WITHOUT_OUR_CODE))
 def test_a_trainer_saves_resumes_and_ends_as_one_that_did_not(recipe, tmp_path):
     straight = module_of(recipe)
     fit(straight, tmp_path, 10)

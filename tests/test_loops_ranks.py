@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from loops_ranks import checks
+from loops_ranks import SLOW, checks
 
 SCRIPT = Path(__file__).parent / "loops_ranks.py"
 
@@ -35,15 +35,16 @@ def run(directory: Path, *wanted: str) -> list[Mapping[str, str]]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[Mapping[str, str]]:
-    """Of all checks, from one pair of processes."""
+    """Of the quick checks, from one pair of processes."""
     return run(tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("check", checks(0))
+@pytest.mark.parametrize("check", [name for name in checks(0) if name not in SLOW])
 def test_two_processes(check, results):
     assert [result[check] for result in results] == ["", ""]
 
 
 @pytest.mark.slow
-def test_two_processes_with_a_compiled_model(tmp_path):
-    assert run(tmp_path, "compiled") == [{"compiled": ""}] * 2
+def test_two_processes_and_all_checks(tmp_path):
+    everything = dict.fromkeys(checks(0), "")
+    assert run(tmp_path, "all") == [everything, everything]

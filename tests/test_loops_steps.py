@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from loops import (
-    OF_LAYERS,
     RECIPES,
     assert_agrees,
     batch,
@@ -13,6 +12,7 @@ from loops import (
     masks,
     net,
     prepared,
+    quick,
     sgd,
     train,
 )
@@ -56,7 +56,7 @@ def test_each_micro_batch_is_a_step_of_the_schedule():
 
 
 @pytest.mark.parametrize("clip", [nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", quick("sr-ste", "lbc", "rigl"))
 def test_clipped_gradients(recipe, clip):
     model = prepared(recipe, **F64)
     optimizer = sgd(model)
@@ -126,7 +126,7 @@ def test_two_models_and_two_optimizers_do_not_meet():
         assert_same(model.state_dict(), alone[recipe])
 
 
-@pytest.mark.parametrize("recipe", OF_LAYERS)
+@pytest.mark.parametrize("recipe", quick("sr-ste every 3", "lbc"))
 def test_one_optimizer_for_two_models(recipe):
     first, second = prepared(recipe, **F64), prepared(recipe, seed=1, **F64)
     optimizer = torch.optim.AdamW([*first.parameters(), *second.parameters()], lr=1e-2)
