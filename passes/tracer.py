@@ -142,6 +142,8 @@ def trace_in_place(root: nn.Module, leaves: Sequence[str | type[nn.Module]] = ()
     finally:
         for module in root.modules():
             module.training = modes[module]
+    # Constants written in the forward are buffers of the graph, but no state of the model.
+    root._non_persistent_buffers_set |= {n for n in vars(root) if n.startswith("_tensor_constant")}
     graph_module = GraphModule(root, training, type(root).__name__)
     for name, module in graph_module.named_modules():
         module.training = root.get_submodule(name).training

@@ -30,6 +30,7 @@ from spre_fx.passes.policy import Policy
 from spre_fx.passes.regions import Region, assemble, divide, find_regions
 from spre_fx.passes.wire_masks import BranchKind
 from spre_fx.patterns import Pattern
+from spre_fx.ranks import keep_masks_from_ddp
 from spre_fx.schedules import Schedule
 from spre_fx.unstructured import GMP, RigL, UnstructuredMethod
 
@@ -59,7 +60,8 @@ def prepare(
 
     Parameters and buffers keep their names: a dense checkpoint loads into the result with only the
     keys of the SpRe branches, and of masks that are kept between steps, missing. Random numbers for
-    the new branches come from torch's global generator.
+    the new branches come from torch's global generator. `torch.func` and `vmap` over the result are
+    out of scope.
 
     Args:
         model: The model. Never modified.
@@ -75,7 +77,7 @@ def prepare(
             layers inside excludes them all.
         overrides: Name or glob -> another pattern, or None for dense. The last match wins.
         schedule: At which training forwards the masks are recomputed. Default: the method's, which
-            is every one for SR-STE and never for ASP. LBC, GMP and GraNet need a `CubicRamp`,
+            is every one for SR-STE and the first for ASP. LBC, GMP and GraNet need a `CubicRamp`,
             RigL a `Freeze` around an `EveryK`.
         spre_gamma: Starting value of gamma of the SpRe branch's batch norm. Default: the method's,
             1 from scratch and 0 on pre-trained weights, where the network then computes at the
@@ -137,11 +139,12 @@ def prepare(
             clock=clock,
         )
         accounts.append(passes.run_in_place(region.graph_module)[1][-1])
-        clock = clock or _schedule_in(region.graph_module)
+        clock = clock or _schedule_in(region.graph_module, shared=len(regions) > 1)
     _check_any_sparse(accounts)
     _note_callers(regions)
     prepared = assemble(root, regions)
     _warn_of_uncalled(model, prepared)
+    keep_masks_from_ddp(prepared)
     return prepared
 
 
@@ -207,14 +210,16 @@ def _clock(
     if not schedule.counts_steps or any(region.names == ("",) for region in regions):
         return None
     device = next(root.parameters()).device
-    clock = MaskSchedule(schedule, method).to(device).train(root.training)
+    clock = MaskSchedule(schedule, method).to(device).train(root.training).remember()
     add_module(root, "mask_schedule", clock)
     root.register_forward_pre_hook(clock.tick)
     return clock
 
 
-def _schedule_in(graph_module: GraphModule) -> MaskSchedule | None:
-    return next((m for m in graph_module.modules() if isinstance(m, MaskSchedule)), None)
+def _schedule_in(graph_module: GraphModule, *, shared: bool) -> MaskSchedule | None:
+    """The schedule of the graph around all others, which are to follow it."""
+    found = next((m for m in graph_module.modules() if isinstance(m, MaskSchedule)), None)
+    return found.remember() if found is not None and shared else found
 
 
 def _remove_clock(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from spre_fx.batch_norm import is_batch_norm
 from spre_fx.errors import ModelError
 from spre_fx.modules import NMLayer
+from spre_fx.ranks import is_shard
 
 
 def check_model(model: nn.Module) -> None:
@@ -58,6 +59,14 @@ def check_tensors(model: nn.Module) -> None:
     checked = {id(parameter) for parameter in model.parameters()}
     checked |= {id(buffer) for norm in norms for buffer in norm.buffers()}
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if is_shard(tensor):
+            raise ModelError(
+                f"{name}: expected whole tensors, found a shard of one (DTensor). Call prepare "
+                "before fully_shard. To finalize, gather the weights "
+                "(torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+                "full_state_dict=True), load them into a prepared model that is not sharded, and "
+                "finalize that."
+            )
         if tensor.device.type == "meta":
             raise ModelError(
                 f"{name}: expected values, found a tensor on the meta device. Load the weights "

@@ -30,6 +30,7 @@ from spre_fx.errors import ModelError, OptionError
 from spre_fx.methods import MaskMethod
 from spre_fx.modules import MaskSchedule, NMLayer
 from spre_fx.patterns import Pattern
+from spre_fx.ranks import whole
 from spre_fx.schedules import Schedule
 from spre_fx.selection import top
 
@@ -199,7 +200,8 @@ def _scores(
     layers: Mapping[str, NMLayer], criterion: Criterion, loss: Callable[[], Tensor], batches: int
 ) -> dict[str, Tensor]:
     """The scores of each layer, summed over batches."""
-    scores = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
+    weights = {name: whole(layer.weight.detach()) for name, layer in layers.items()}
+    scores = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for _ in range(batches):
         with _probed(layers, dense=criterion.dense) as probes, torch.enable_grad():
             value = loss()
@@ -212,7 +214,7 @@ def _scores(
             gradients = criterion.gradients(value, list(found.values()))
         with torch.no_grad():
             for name, gradient in zip(found, gradients, strict=True):
-                scores[name] += criterion.batch(layers[name].weight, gradient)
+                scores[name] += criterion.batch(weights[name], gradient)
     return {name: score.detach() for name, score in scores.items()}
 
 

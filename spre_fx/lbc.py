@@ -28,7 +28,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +108,7 @@ class CombinationMask(nn.Module):
         members: The 0-1 matrix A, `(C, M)`; not in the `state_dict`.
     """
 
+    per_rank: ClassVar[tuple[str, ...]] = ("removed", "members")
     removed: Tensor
     members: Tensor
 
@@ -162,7 +163,8 @@ class CombinationMask(nn.Module):
     def _to_weight(self, groups: Tensor) -> Tensor:
         """`(C_out, groups, *kernel, M)` -> `(C_out, C_in/groups, *kernel)`."""
         rows = groups.movedim(-1, 2).flatten(1, 2)[:, : self.channels]
-        return masks.ungroup_rows(rows, self.weight_shape, self.pattern)
+        weight = masks.ungroup_rows(rows, self.weight_shape, self.pattern)
+        return weight.clone()  # FSDP warns of modules that return views
 
 
 class _Held(torch.autograd.Function):

@@ -9,13 +9,15 @@ gamma of the SpRe branch's batch norm. A method whose mask is more than a functi
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from spre_fx import masks
 from spre_fx.errors import OptionError
@@ -73,8 +75,12 @@ class MaskMethod(ABC):
         return module
 
     def signal(self, schedule: Schedule, step: Tensor) -> Tensor:
-        """What the mask modules are told at `step`, a tensor of shape (). By default: is_update."""
-        return schedule.is_update(step)
+        """What the mask modules are told at `step`, a tensor of shape (). By default: is_update.
+
+        And True at step 0: `prepare` took masks of weights that DDP or FSDP may since have made
+        equal on all ranks, or a checkpoint replaced.
+        """
+        return schedule.is_update(step) | (step == 0)
 
     @abstractmethod
     def masked(self, weight: Tensor, mask: Tensor) -> Tensor:
@@ -90,49 +96,112 @@ class _StraightThroughDecay(torch.autograd.Function):
     """Forward B * W; backward passes the gradient g on as g + decay * (1 - B) * W."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
-        ctx.save_for_backward(weight, mask)
-        ctx.decay = decay
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float | Tensor) -> Tensor:
+        is_tensor = isinstance(decay, Tensor)
+        ctx.save_for_backward(weight, mask, *([decay] if is_tensor else []))
+        ctx.decay = None if is_tensor else decay
         return weight * mask
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        weight, mask = ctx.saved_tensors
+        weight, mask, *scaled = ctx.saved_tensors
         (gradient,) = gradients
-        return torch.where(mask, gradient, gradient + ctx.decay * weight), None, None
+        decay = scaled[0] if scaled else ctx.decay
+        return torch.where(mask, gradient, gradient + decay * weight), None, None
 
 
 @dataclass(frozen=True)
 class SRSTE(MaskMethod):
     """SR-STE (Zhou et al., ICLR 2021): magnitude masks, straight-through gradient, sparse decay.
 
-    All weights are updated: `dL/dW = dL/d(B * W) + decay * (1 - B) * W`.
+    All weights are updated: `dL/dW = dL/d(B * W) + decay * (1 - B) * W`. The term is added in the
+    backward pass of each forward, whatever the loss is multiplied with:
+
+    - A GradScaler multiplies the loss, and divides gradients later: hand it over as `scaler`, and
+      the term is multiplied too. Without it a scale of 65,536 would undo the decay, so training
+      under float16 autocast without it warns, once a process. bfloat16 needs none.
+    - With k backward passes for one step of the optimizer it is added k times: divide decay by k.
 
     Attributes:
         decay: lambda, the pull of removed weights towards zero.
+        scaler: The `torch.amp.GradScaler` of the training loop. Copies of the model mean the same
+            one. It is not pickled with the model: into a model that torch.load made, prepared anew
+            with the scaler, load the `state_dict`.
 
     Raises:
-        OptionError: If decay is negative.
+        OptionError: If decay is negative, or scaler is no GradScaler.
     """
 
     decay: float = 2e-4
+    scaler: GradScaler | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < math.inf:
             raise OptionError(f"SRSTE(decay={self.decay}): expected decay >= 0.")
+        if not isinstance(self.scaler, GradScaler | None):
+            raise OptionError(
+                f"SRSTE(scaler={self.scaler!r:.80}): expected the torch.amp.GradScaler of the "
+                "training loop, or None."
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SRSTE:
+        return self  # it is frozen, and a copy of the scaler would never be updated
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"scaler": None}
 
     def masked(self, weight: Tensor, mask: Tensor) -> Tensor:
         """B * W; the gradient passes straight through, plus decay on removed weights."""
-        masked: Tensor = _StraightThroughDecay.apply(weight, mask, self.decay)
+        if self.decay and self.scaler is None and weight.requires_grad and _in_float16(weight):
+            _warn_of_unscaled_decay()
+        decay = self._scaled_decay(weight.device)
+        masked: Tensor = _StraightThroughDecay.apply(weight, mask, decay)
         return masked
+
+    def _scaled_decay(self, device: torch.device) -> float | Tensor:
+        """The decay times the scale of the loss, read as a tensor: no waiting for the device.
+
+        `GradScaler.scale` does the same in eager mode, but the compiler refuses to follow it.
+        """
+        if self.scaler is None or not self.scaler._enabled:
+            return self.decay
+        scale = self.scaler._scale
+        if scale is None:  # it is made with the first loss
+            return self.decay * self.scaler._init_scale
+        return self.decay * scale.to(device, non_blocking=True)
+
+
+def _in_float16(weight: Tensor) -> bool:
+    """Whether float16 autocast is on, for training, where `weight` is."""
+    device = weight.device.type
+    if not (torch.is_grad_enabled() and torch.is_autocast_enabled(device)):
+        return False
+    return torch.get_autocast_dtype(device) is torch.float16
+
+
+def _warn_of_unscaled_decay() -> None:
+    """Warn, once a process. Under torch.compile this runs when the model is compiled."""
+    if not _warned:
+        warnings.warn(
+            "SRSTE(scaler=None): training under float16 autocast. A GradScaler would divide the "
+            "decay of removed weights by its scale, to nothing: expected "
+            "SRSTE(decay, scaler=your_grad_scaler). bfloat16 needs no scaler.",
+            stacklevel=2,
+        )
+        _warned.append(True)
+
+
+_warned: list[bool] = []
+# What torch.compiler.assume_constant_result does, which imports the compiler at once.
+_warn_of_unscaled_decay._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
 class ASP(MaskMethod):
     """ASP (NVIDIA, 2020): magnitude masks taken once from pre-trained weights, then fine-tuning.
 
-    Removed weights receive no gradient. The masks are those of the weights `prepare` is given, so
-    load the pre-trained weights first.
+    Removed weights receive no gradient. The masks are those of the weights at the first training
+    step, and until then of those `prepare` is given: load the pre-trained weights first.
 
     Attributes:
         permute: Search for the order of input channels that keeps the most magnitude under the

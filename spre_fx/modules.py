@@ -6,13 +6,14 @@ whole at that moment. The masks leave as values of the graph, where the SpRe bra
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from spre_fx import masks
+from spre_fx.errors import ModelError
 from spre_fx.methods import MaskMethod
 from spre_fx.patterns import Pattern
 from spre_fx.scheduled_mask import ScheduledMask
@@ -21,6 +22,10 @@ from spre_fx.schedules import Schedule
 
 class MaskSchedule(nn.Module):
     """Counts training forwards and says, once per forward, whether masks are recomputed in it.
+
+    The count is kept twice. DDP makes `step` that of rank 0, where a checkpoint may have been
+    loaded; it leaves `own_step` and the masks alone. If the two differ, so do the masks: there was
+    a load, or a training forward, that other ranks did not have.
 
     Under activation checkpointing the forward that is run again in the backward pass is the last
     one, so each forward must be followed by its backward; a compiled model inside an eager
@@ -32,18 +37,30 @@ class MaskSchedule(nn.Module):
 
     Attributes:
         step: Training forwards so far.
-        due: What it said last, for layers that no edge of a graph leads to.
+        due: What it said last, for layers that no edge of a graph leads to; None if there are none.
+
+    Raises:
+        ModelError: In training, if the masks of this rank are not those of `step`. Compiled it is a
+            RuntimeError with the same words, on CUDA an assertion of the device.
     """
 
+    per_rank: ClassVar[tuple[str, ...]] = ("own_step",)
     step: Tensor
-    due: Tensor
+    due: Tensor | None
+    own_step: Tensor
 
     def __init__(self, schedule: Schedule, method: MaskMethod) -> None:
         super().__init__()
         self.schedule = schedule
         self.method = method
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("due", method.signal(schedule, self.step), persistent=False)
+        self.register_buffer("due", None, persistent=False)
+        self.register_buffer("own_step", torch.zeros((), dtype=torch.int64))
+
+    def remember(self) -> MaskSchedule:
+        """Keep what is said in each forward in `due`."""
+        self.due = self.method.signal(self.schedule, self.step)
+        return self
 
     def tick(self, *_: Any) -> None:
         """A forward begins. The pre-hook of a model that has no graph in which to call this."""
@@ -52,7 +69,8 @@ class MaskSchedule(nn.Module):
     def forward(self) -> Tensor:
         """A tensor of shape (): whether this is an update step. Never in evaluation."""
         update = self._signal()
-        self.due.copy_(update)
+        if self.due is not None:
+            self.due.copy_(update)
         return update
 
     def _signal(self) -> Tensor:
@@ -60,13 +78,34 @@ class MaskSchedule(nn.Module):
             return self.step < 0
         if inside_backward():  # activation checkpointing runs this step's forward once more
             return self.method.signal(self.schedule, self.step - 1)
+        self._check_rank()
         update = self.method.signal(self.schedule, self.step)
-        self.step.add_(1)
+        self._count()
         return update
+
+    def _count(self) -> None:
+        self.step.add_(1)
+        self.own_step.add_(1)
+
+    def _check_rank(self) -> None:
+        same = self.step == self.own_step
+        device = same.device.type
+        if device == "cuda" or (device == "cpu" and torch.compiler.is_compiling()):
+            torch._assert_async(same, _STRAY_RANK)  # no waiting for the device
+        elif not torch.compiler.is_compiling() and not same:
+            found = f"found step {int(self.step)} and masks of step {int(self.own_step)}"
+            raise ModelError(f"{_STRAY_RANK} ({found})")
 
     def extra_repr(self) -> str:
         """The schedule."""
         return repr(self.schedule)
+
+
+_STRAY_RANK = (  # at most 254 characters, for an assertion on CUDA
+    "mask_schedule: expected masks of the same step on every rank, found others than those of rank "
+    "0. Load the checkpoint on every rank before DistributedDataParallel, which broadcasts no "
+    "masks, and run no training forward on one rank alone"
+)
 
 
 def inside_backward() -> bool:
@@ -77,7 +116,10 @@ def inside_backward() -> bool:
 class NMLayer(nn.Module):
     """Mixin of a conv or linear whose weight is N:M sparse: y = layer(x; B * W).
 
-    Its parameters keep the names they had, so a dense checkpoint loads into it.
+    Its parameters keep the names they had, so a dense checkpoint loads into it. A checkpoint of
+    another pattern or another method does not, strict or not: a `state_dict` says what it is of in
+    its metadata, which torch.save keeps. Formats that keep tensors only (safetensors), and new
+    dicts made of its items, cannot be checked. Options of a method, such as decay, may differ.
     """
 
     weight: Tensor
@@ -98,9 +140,45 @@ class NMLayer(nn.Module):
         weight = self.method.masked(self.weight, mask)
         return weight if self.dense_gradient is None else self.dense_gradient(weight), mask
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {})
+        metadata.setdefault(prefix[:-1], {})["spre_fx"] = self._identity()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *others: Any,
+    ) -> None:
+        own = self._identity()
+        found = local_metadata.get("spre_fx", own)
+        wrong = {key: value for key, value in own.items() if found.get(key) != value}
+        if not wrong:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+            return
+        *_, errors = others
+        message = (
+            f"expected a checkpoint of {_words(wrong)}, found one of "
+            f"{_words({key: found.get(key) for key in wrong})}. Prepare the model as the one that "
+            "was saved."
+        )
+        if not any(message in error for error in errors):  # once for all layers
+            errors.append(f"{prefix[:-1]}: {message}")
+
+    def _identity(self) -> dict[str, str]:
+        return {"pattern": str(self.pattern), "method": type(self.method).__name__}
+
     def extra_repr(self) -> str:
         """The layer's own, the pattern and the method."""
         return f"{super().extra_repr()}, pattern={self.pattern}, method={self.method}"
+
+
+def _words(identity: dict[str, str]) -> str:
+    return " and ".join(f"{key} {value}" for key, value in identity.items())
 
 
 class _ConvForward:
@@ -233,6 +311,7 @@ def emit_masks(layer: NMLayer) -> None:
 def new_spre_conv(conv: _ConvNd) -> SpReConv:
     """A conv configured as `conv`, with fresh weights from its class's own initialiser."""
     spre = _SPRE_TYPES[type(conv)](**_options(conv))
+    spre.weight.data = laid_out_as(conv.weight, spre.weight.detach())
     return spre.train(conv.training).requires_grad_(conv.weight.requires_grad)
 
 
@@ -241,9 +320,16 @@ def new_plain(layer: Layer | SpReConv, weight: Tensor, bias: Tensor | None) -> L
     plain: Any = next(kind for kind in SPARSIFIABLE if isinstance(layer, kind))
     new: Layer = nn.utils.skip_init(plain, **_options(layer) | {"bias": bias is not None})
     trainable = layer.weight.requires_grad
-    new.weight = nn.Parameter(weight, requires_grad=trainable)
+    new.weight = nn.Parameter(laid_out_as(layer.weight, weight), requires_grad=trainable)
     new.bias = None if bias is None else nn.Parameter(bias, requires_grad=trainable)
     return new.train(layer.training)
+
+
+def laid_out_as(model: Tensor, values: Tensor) -> Tensor:
+    """The values in the memory format (channels_last, or not) of a tensor of their shape."""
+    if values.stride() == model.stride():
+        return values
+    return torch.empty_like(model, dtype=values.dtype, requires_grad=False).copy_(values)
 
 
 _LINEAR_OPTIONS = ("in_features", "out_features")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from spre_fx import masks
 from spre_fx.patterns import Pattern
 
 
@@ -14,6 +16,10 @@ class ScheduledMask(nn.Module):
     """A tensor made from a weight: anew at each call, or kept in a buffer between updates.
 
     The N:M mask B and the live taps of Eq. 8 are such tensors.
+
+    In evaluation a kept N:M mask is held to its pattern: of the weights it keeps, the N largest of
+    each M. That changes no mask that was made here, but an average of masks over time (an
+    `AveragedModel` with `use_buffers=True`) keeps what any of them did.
 
     Args:
         compute: Makes the mask of a weight `(C_out, C_in/groups, *kernel)` and a pattern.
@@ -23,6 +29,7 @@ class ScheduledMask(nn.Module):
         mask: The mask in force, in the `state_dict`; None where it is made anew at each call.
     """
 
+    per_rank: ClassVar[tuple[str, ...]] = ("mask",)
     mask: Tensor | None
 
     def __init__(self, compute: Callable[[Tensor, Pattern], Tensor], pattern: Pattern) -> None:
@@ -40,12 +47,20 @@ class ScheduledMask(nn.Module):
         weight = weight.detach()
         if self.mask is None:
             return self.compute(weight, self.pattern)
+        if not self.training and self.mask.shape == weight.shape:
+            return self._within_pattern(weight, self.mask)
         if update is None:
             return self.mask
         if self.training and may_be_true(update):
             self.mask.copy_(torch.where(update, self.compute(weight, self.pattern), self.mask))
         # The next update writes into the buffer while autograd may still hold what is returned.
         return self.mask.clone()
+
+    def _within_pattern(self, weight: Tensor, mask: Tensor) -> Tensor:
+        """The N largest of the weights kept; one that is 0 comes before those that are not kept."""
+        nearly_zero = torch.finfo(weight.dtype).tiny
+        kept = torch.where(mask, weight.masked_fill(weight == 0, nearly_zero), 0.0)
+        return masks.nm_mask(kept, self.pattern) & mask
 
 
 def may_be_true(update: Tensor) -> bool:
@@ -63,6 +78,7 @@ class KeptMask(nn.Module):
         mask: The mask in force, bool, all ones at first.
     """
 
+    per_rank: ClassVar[tuple[str, ...]] = ("mask",)
     mask: Tensor
 
     def __init__(self, weight: Tensor) -> None:

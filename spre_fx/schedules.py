@@ -86,7 +86,8 @@ class Freeze(Schedule):
     """Follow another schedule, then never recompute again from step `at` on.
 
     Attributes:
-        at: First step without an update. 0: the masks taken by `prepare` stay for good.
+        at: First step without an update. 0: as 1, the masks of the first training step stay for
+            good.
         before: The schedule followed until then.
 
     Raises:
@@ -103,11 +104,6 @@ class Freeze(Schedule):
     def is_update(self, step: Tensor) -> Tensor:
         """What `before` says until step `at`, False from there on."""
         return self.before.is_update(step) & (step < self.at)
-
-    @property
-    def counts_steps(self) -> bool:
-        """False when frozen from the start."""
-        return self.at > 0
 
 
 @dataclass(frozen=True)

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch._compile import _disable_dynamo
 
+from spre_fx.errors import ModelError
 from spre_fx.modules import MaskSchedule, NMLayer, inside_backward
+from spre_fx.ranks import is_shard
 from spre_fx.scheduled_mask import KeptMask
 from spre_fx.schedules import Schedule
 from spre_fx.unstructured import LayerState, UnstructuredMethod
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class UnstructuredMasks(MaskSchedule):
     """Updates the masks of all layers where an update is due, and gives them to the graph.
 
     The layers own their masks; this module holds a plain reference to each. It reads all weights
-    at once, so it takes FSDP2 applied at the root, not to submodules. The step is read on the host,
-    once a forward; under `torch.compile` that is one graph break.
+    at once, so it takes FSDP2 applied at the root, not to submodules, and RigL and GraNet, which
+    write weights, not at all. The step is read on the host, once a forward; under `torch.compile`
+    that is one graph break.
 
     Args:
         layers: The layers, whose `nm_mask` is a `KeptMask`.
@@ -37,8 +43,23 @@ class UnstructuredMasks(MaskSchedule):
         self.layers = list(layers)  # a plain list: submodules of the model, not of this
         for layer in layers if method.needs_gradient else ():
             layer.dense_gradient = DenseGradient(layer.weight).train(layer.training)
-        with torch.no_grad():
-            method.start(self._states())
+        self._start()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        states = self._states()
+        for state in states:
+            state.mask.fill_(True)
+        self.method.start(states)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; the moment to see whether weights are shards between two steps."""
+        if self.method.needs_gradient and any(is_shard(layer.weight) for layer in self.layers):
+            raise ModelError(
+                f"{type(self.method).__name__}: expected whole weights, found shards: weights that "
+                "come back are set to 0, which fully_shard would lose. Use DistributedDataParallel."
+            )
+        return super().train(mode)
 
     def forward(self) -> tuple[Tensor, ...]:  # type: ignore[override]
         """The mask of each layer."""
@@ -51,19 +72,28 @@ class UnstructuredMasks(MaskSchedule):
     @_disable_dynamo
     @torch.no_grad()
     def _advance(self) -> None:
+        self._check_rank()
         ask = self.method.is_update
-        asked = [ask(self.schedule, self.step), ask(self.schedule, self.step + 1)]
-        due, next_due = torch.stack(asked).tolist()
+        asked = [ask(self.schedule, self.step), ask(self.schedule, self.step + 1), self.step == 0]
+        due, next_due, first = torch.stack(asked).tolist()
+        if first:  # ranks may have been made equal, or weights loaded, since `prepare`
+            self._start()
         if due:
             self.method.update(self._states(reduce=True), self.schedule, int(self.step))
         for layer in self.layers:
             if isinstance(layer.dense_gradient, DenseGradient):
                 layer.dense_gradient.collect(next_due)
-        self.step += 1
+        self._count()
 
     def _states(self, *, reduce: bool = False) -> list[LayerState]:
         states = []
         for layer in self.layers:
+            if is_shard(layer.weight):
+                raise ModelError(
+                    f"{type(self.method).__name__}: expected whole weights, found shards: it looks "
+                    "at all layers at once. Apply fully_shard to the whole model only, or use "
+                    "DistributedDataParallel."
+                )
             gradient = getattr(layer.dense_gradient, "sum", None)
             if gradient is not None and reduce and _is_distributed():
                 distributed.all_reduce(gradient)
@@ -80,9 +110,8 @@ def _mask(layer: NMLayer) -> KeptMask:
 class DenseGradient(nn.Module):
     """Takes note of the gradient of B * W, removed weights included, on its way back.
 
-    Kept only in the backward before an update. On several ranks it is summed over them when it is
-    used; DDP, unless told `broadcast_buffers=False`, has made it rank 0's by then. Masks are equal
-    on all ranks either way.
+    Kept only in the backward before an update. Each rank has its own, and they are summed over the
+    ranks when they are used: a checkpoint of one rank holds that rank's.
 
     Args:
         weight: `(C_out, C_in/groups, *kernel)`.
@@ -91,6 +120,7 @@ class DenseGradient(nn.Module):
         sum: The gradient, of the shape of the weight; in the `state_dict`.
     """
 
+    per_rank: ClassVar[tuple[str, ...]] = ("sum",)
     sum: Tensor
 
     def __init__(self, weight: Tensor) -> None:

@@ -297,3 +297,12 @@ def test_a_model_that_cannot_be_copied_is_refused_with_its_name() -> None:
     model.stream = (x for x in ())
     with pytest.raises(ModelError, match=r"^Sequential: expected a model that copy\.deepcopy can"):
         trace(model)
+
+
+def test_constants_of_the_forward_are_no_state_of_the_model() -> None:
+    model = model_of("Constant", lambda m, x: m.conv1(x) * torch.tensor([2.0]))()
+    traced = trace(model)
+    for each in traced, copy.deepcopy(traced), pickle.loads(pickle.dumps(traced)):
+        assert not any("constant" in name for name in each.state_dict())
+        x = torch.randn(2, 8, 6, 6)
+        assert torch.equal(each.train(model.training)(x), model(x))
