@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from spre_fx.modules import NMLayer
+
 
 def add_module(root: nn.Module, name: str, module: nn.Module) -> str:
     """Add `module` under `name`, or under `name` with a number where that is taken.
@@ -25,9 +27,28 @@ def add_module(root: nn.Module, name: str, module: nn.Module) -> str:
 
 
 def replace_module(graph_module: GraphModule, name: str, module: nn.Module) -> None:
-    """Put `module` where the module called `name` was."""
+    """Put `module` where the module called `name` was.
+
+    What was inside moves along, as the graph may use it on its own: the activation that a subclass
+    of a conv holds, say. What a mask was made with does not.
+    """
     parent, _, leaf = name.rpartition(".")
-    graph_module.get_submodule(parent)._modules[leaf] = module
+    owner = graph_module.get_submodule(parent)
+    before = owner._modules[leaf]
+    owner._modules[leaf] = module
+    if before is None or before is module:
+        return
+    own = {"weight", "bias"} | (_OF_THE_MASKS if isinstance(before, NMLayer) else set())
+    for here, there in (
+        (before._parameters, module._parameters),
+        (before._buffers, module._buffers),
+        (before._modules, module._modules),
+    ):
+        for key in [key for key in here if key not in own and not hasattr(module, key)]:
+            there[key] = here[key]
+
+
+_OF_THE_MASKS = {"nm_mask", "live_taps", "dense_gradient"}
 
 
 def erase_unused(graph_module: GraphModule, nodes: Iterable[Node]) -> None:
@@ -44,6 +65,24 @@ def erase_unused(graph_module: GraphModule, nodes: Iterable[Node]) -> None:
         graph_module.graph.erase_node(node)
         if node.op == "call_module":
             called.add(str(node.target))
-    still = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
-    for name in called - still:
-        graph_module.delete_submodule(name)
+    used = {str(n.target) for n in graph_module.graph.nodes if n.op in ("call_module", "get_attr")}
+    around = {target[:end] for target in used for end, letter in enumerate(target) if letter == "."}
+    for name in called - used:
+        if name in around:
+            _empty(graph_module, name, used | around)
+        else:
+            graph_module.delete_submodule(name)
+
+
+def _empty(graph_module: GraphModule, name: str, used: set[str]) -> None:
+    """Leave, of a module, no more than holds together what the graph still uses inside it."""
+    module, shell = graph_module.get_submodule(name), nn.Module()
+    shell.training = module.training
+    for here, there in (
+        (module._parameters, shell._parameters),
+        (module._buffers, shell._buffers),
+        (module._modules, shell._modules),
+    ):
+        there |= {key: value for key, value in here.items() if f"{name}.{key}" in used}
+    parent, _, leaf = name.rpartition(".")
+    graph_module.get_submodule(parent)._modules[leaf] = shell

@@ -8,22 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import networkx as nx
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from spre_fx.modules import Layer, NMLayer, SpReConv
+from spre_fx.batch_norm import is_batch_norm
+from spre_fx.modules import SPARSIFIABLE, Layer, NMLayer, SpReConv
+from spre_fx.passes.functional_calls import LAYER_FUNCTIONS, owner_of, reads_metadata
+from spre_fx.subclasses import plain_base
 
-_FUNCTIONAL = {
-    function
-    for name in ("conv1d", "conv2d", "conv3d", "linear")
-    for function in (getattr(nn.functional, name), getattr(torch, name, None))
-    if function is not None
-} | {
-    getattr(module, f"conv_transpose{rank}d")
-    for rank in (1, 2, 3)
-    for module in (nn.functional, torch)
-}
+_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 @dataclass(frozen=True)
@@ -31,8 +24,9 @@ class Candidate:
     """A conv or linear of the model.
 
     Attributes:
-        name: The module's qualified name, or the node's name for a functional call.
-        module: The module; None for a functional call.
+        name: The module's qualified name. For a functional call, that of the module whose
+            `weight` it takes, or the node's name; for a weight of `nn.MultiheadAttention`, its own.
+        module: The module; None for a functional call and for a weight of an attention.
         calls: The nodes that call it.
         inside: The module, kept whole by the tracer, that it is a part of; None for most.
     """
@@ -86,6 +80,39 @@ class GraphView:
         return owners
 
     @cached_property
+    def attributes(self) -> dict[str, list[Node]]:
+        """The nodes that read each parameter or buffer, by its name."""
+        attributes = defaultdict(list)
+        for node in self.graph_module.graph.nodes:
+            if node.op == "get_attr":
+                attributes[str(node.target)].append(node)
+        return dict(attributes)
+
+    def readers(self, name: str) -> list[Node]:
+        """The nodes that use the values of a parameter or buffer which the graph itself reads."""
+        return [
+            user
+            for attribute in self.attributes.get(name, ())
+            for user in self.users(attribute)
+            if not reads_metadata(user)
+        ]
+
+    @cached_property
+    def read(self) -> dict[int, list[Node]]:
+        """The nodes that use the values of each tensor the graph reads, by the tensor's id."""
+        return {
+            id(self.tensor(name)): users
+            for name in self.attributes
+            if (users := self.readers(name))
+        }
+
+    def tensor(self, name: str) -> Tensor | None:
+        """The parameter or buffer of that name."""
+        owner, _, attribute = name.rpartition(".")
+        tensor = getattr(self.modules.get(owner), attribute, None)
+        return tensor if isinstance(tensor, Tensor) else None
+
+    @cached_property
     def candidates(self) -> dict[str, Candidate]:
         """Every conv and linear, module or functional call, by name. SpRe branches are no sites."""
         found = {}
@@ -93,16 +120,37 @@ class GraphView:
             if isinstance(module, Layer) and not isinstance(module, SpReConv):
                 calls = tuple(self.calls.get(id(module), ()))
                 found[name] = Candidate(name, module, calls, self._enclosing_leaf(name))
+            if isinstance(module, nn.MultiheadAttention):
+                for weight in _ATTENTION_WEIGHTS:
+                    if module._parameters.get(weight) is None:
+                        continue
+                    own = f"{name}.{weight}"
+                    found[own] = Candidate(own, None, (), self._enclosing_leaf(own))
+        for name, nodes in self._functional_calls(set(found)).items():
+            found[name] = Candidate(name, None, tuple(nodes), None)
+        return found
+
+    def _functional_calls(self, modules: set[str]) -> dict[str, list[Node]]:
+        found = defaultdict(list)
         for node in self.graph_module.graph.nodes:
-            if node.op == "call_function" and node.target in _FUNCTIONAL:
-                name = f"{node.name} (function)" if node.name in found else node.name
-                found[name] = Candidate(name, None, (node,), None)
+            if node.op == "call_function" and node.target in LAYER_FUNCTIONS:
+                owner = owner_of(node)
+                if owner is None or id(self.modules[owner]) in self.calls:
+                    owner = f"{node.name} (function)" if node.name in modules else node.name
+                found[owner].append(node)
         return found
 
     def _enclosing_leaf(self, name: str) -> str | None:
         parts = name.split(".")
         parents = (".".join(parts[:end]) for end in range(1, len(parts)))
-        return next((p for p in parents if id(self.modules[p]) in self.calls), None)
+        return next((p for p in parents if self._runs_what_is_inside(self.modules[p])), None)
+
+    def _runs_what_is_inside(self, module: nn.Module) -> bool:
+        """Whether a module is called, and is no layer that holds others without running them."""
+        if id(module) not in self.calls:
+            return False
+        plain = isinstance(module, NMLayer) or plain_base(module, SPARSIFIABLE) is not None
+        return not plain and not is_batch_norm(module)
 
     def module_of(self, node: Node) -> nn.Module | None:
         """The module a node calls, None if it calls none."""

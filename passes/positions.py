@@ -80,11 +80,13 @@ class _Counter(Interpreter):
     def __init__(self, fake: GraphModule, view: GraphView) -> None:
         super().__init__(fake)
         self.runs: dict[str, Runs] = {}
-        self._functional = set()
+        self._functional: dict[str, str] = {}  # the name of a call: that of the candidate
         for name, candidate in view.candidates.items():
             if candidate.module is None:
-                self._functional.add(name)
-            else:
+                self._functional |= {call.name: name for call in candidate.calls}
+            if candidate.module is None and not candidate.calls:  # attention reads it by itself
+                self.runs[name] = Runs(tuple(fake.get_parameter(name).shape))
+            elif candidate.module is not None:
                 self.runs[name] = Runs(tuple(candidate.module.weight.shape))
                 fake.get_submodule(name).register_forward_hook(self._hook(name))
 
@@ -102,8 +104,9 @@ class _Counter(Interpreter):
             arguments, options = self.fetch_args_kwargs_from_env(n)
             x = arguments[0] if arguments else options["input"]
             weight = arguments[1] if len(arguments) > 1 else options["weight"]
-            self.runs[n.name] = Runs(tuple(weight.shape))
-            self._count(n.name, x if "transpose" in getattr(n.target, "__name__", "") else output)
+            name = self._functional[n.name]
+            self.runs.setdefault(name, Runs(tuple(weight.shape)))
+            self._count(name, x if "transpose" in getattr(n.target, "__name__", "") else output)
         return output
 
     def _count(self, name: str, value: Tensor) -> None:
