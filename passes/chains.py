@@ -68,7 +68,12 @@ def repeats(one: Node, other: Node) -> bool:
 
 @dataclass(frozen=True)
 class _Step:
-    """One operation that may be part of the chain: it takes the last of `values`, of `rank` axes."""
+    """One operation that may be part of the chain: it takes the last of `values`.
+
+    That has `rank` axes or more: whether a squeeze removes one is not known. Fewer are safe to
+    count with, as an axis counted from the right is further to the right, if anything, than it
+    seems.
+    """
 
     view: GraphView
     conv: Node
@@ -78,14 +83,14 @@ class _Step:
     node: Node
 
     def rank_after(self) -> int | None:
-        """How many axes the result has; None if the operation cannot be part of the chain."""
+        """How many axes the result has at least; None if the operation cannot be part of the chain."""
         module = self.view.module_of(self.node)
         if module is not None:
             return self._after_module(module)
         if self.node.op not in ("call_function", "call_method") or self.node.kwargs:
             return None
-        name = getattr(self.node.target, "__name__", self.node.target)
-        rule = _RULES.get(name if self.node.target in _KNOWN else "")
+        target: Any = self.node.target
+        rule = _RULES[getattr(target, "__name__", target)] if target in _KNOWN else None
         return None if rule is None else rule(self, self.node.args[1:])
 
     def _after_module(self, module: nn.Module) -> int | None:
@@ -115,12 +120,8 @@ class _Step:
         return None if self._axis(args[0], self.rank + 1) is None else self.rank + 1
 
     def _squeezed(self, args: Sequence[Any]) -> int | None:
-        # Whether the axis is of one element, and goes, is known only where a weight's shape tells.
         known = len(args) == 1 and self._axis(args[0], self.rank) is not None
-        return self.rank - 1 if known and self._made_by_unsqueeze() else None
-
-    def _made_by_unsqueeze(self) -> bool:
-        return "unsqueeze" in str(getattr(self.values[-1].target, "__name__", self.values[-1].target))
+        return self.rank - 1 if known else None
 
     def _viewed(self, args: Sequence[Any]) -> int | None:
         sizes = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args

@@ -3,7 +3,8 @@
     y = bn(conv(x))   ->   y = bn(conv(x)) + bn_spre(conv_spre(x))          (Eq. 9, masks to come)
 
 Identities and views between the conv and its batch norm, which leave channels alone, are repeated
-in the SpRe branch. 1x1 convs, linear layers and convs without a batch norm of their own get no second branch.
+in the SpRe branch. 1x1 convs, linear layers and convs without a batch norm of their own get no
+second branch.
 """
 
 from __future__ import annotations

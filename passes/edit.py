@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -39,13 +40,12 @@ def replace_module(graph_module: GraphModule, name: str, module: nn.Module) -> N
     if before is None or before is module:
         return
     own = {"weight", "bias"} | (_OF_THE_MASKS if isinstance(before, NMLayer) else set())
-    for here, there in (
-        (before._parameters, module._parameters),
-        (before._buffers, module._buffers),
-        (before._modules, module._modules),
-    ):
-        for key in [key for key in here if key not in own and not hasattr(module, key)]:
-            there[key] = here[key]
+    for here, there in zip(_inside(before), _inside(module), strict=True):
+        there |= {k: v for k, v in here.items() if k not in own and not hasattr(module, k)}
+
+
+def _inside(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._parameters, module._buffers, module._modules
 
 
 _OF_THE_MASKS = {"nm_mask", "live_taps", "dense_gradient"}
@@ -78,11 +78,7 @@ def _empty(graph_module: GraphModule, name: str, used: set[str]) -> None:
     """Leave, of a module, no more than holds together what the graph still uses inside it."""
     module, shell = graph_module.get_submodule(name), nn.Module()
     shell.training = module.training
-    for here, there in (
-        (module._parameters, shell._parameters),
-        (module._buffers, shell._buffers),
-        (module._modules, shell._modules),
-    ):
+    for here, there in zip(_inside(module), _inside(shell), strict=True):
         there |= {key: value for key, value in here.items() if f"{name}.{key}" in used}
     parent, _, leaf = name.rpartition(".")
     graph_module.get_submodule(parent)._modules[leaf] = shell

@@ -71,7 +71,7 @@ def arguments_of(node: Node) -> dict[str, Any]:
 def owner_of(node: Node) -> str | None:
     """The module of which a functional conv or linear takes `weight`; None for any other weight."""
     weight = arguments_of(node).get("weight")
-    if not _is_attribute(weight):
+    if not isinstance(weight, Node) or weight.op != "get_attr":
         return None
     owner, _, name = str(weight.target).rpartition(".")
     return owner if owner and name == "weight" else None
@@ -114,7 +114,9 @@ def _read_layer(graph_module: GraphModule, node: Node) -> FunctionalCall | str:
     return _of_owner(graph_module, node, owner, called)
 
 
-def _of_owner(graph_module: GraphModule, node: Node, owner: str, called: str) -> FunctionalCall | str:
+def _of_owner(
+    graph_module: GraphModule, node: Node, owner: str, called: str
+) -> FunctionalCall | str:
     arguments = arguments_of(node)
     kind, bias = _LAYERS[node.target], arguments.pop("bias", None)
     settings = {n: value for n, value in arguments.items() if n not in ("input", "weight")}
@@ -176,15 +178,19 @@ def counts_batches(node: Node) -> bool:
     if (node.op, node.target) != ("call_method", "add_") or len(node.args) != 2 or node.kwargs:
         return False
     buffer, count = node.args
-    if not _is_attribute(buffer) or not str(buffer.target).endswith(".num_batches_tracked"):
+    if not isinstance(buffer, Node) or buffer.op != "get_attr":
+        return False
+    if not str(buffer.target).endswith(".num_batches_tracked"):
         return False
     if isinstance(count, Node):
         return count.op == "call_module" and tuple(count.args) == (1, 0)
-    return count == 1
+    return type(count) is int and count == 1
 
 
 METADATA = frozenset(["shape", "ndim", "dtype", "device", "layout", "is_cuda"])
-_METADATA_METHODS = frozenset(["size", "dim", "ndimension", "numel", "nelement", "is_floating_point"])
+_METADATA_METHODS = frozenset(
+    ["size", "dim", "ndimension", "numel", "nelement", "is_floating_point"]
+)
 
 
 def reads_metadata(node: Node) -> bool:

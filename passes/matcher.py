@@ -1,8 +1,8 @@
 """Finds conv -> BN sites in a graph, and says of every other conv why it is not one.
 
 Analysis only: nothing here edits a graph. The pattern is an edge conv -> BN of the dataflow graph,
-or a chain of identities and views between the two; the predicates on it are the conditions under which a parallel branch can be added after the BN, and
-later folded back (Eq. 9, 10).
+or a chain of identities and views between the two; the predicates on it are the conditions under
+which a parallel branch can be added after the BN, and later folded back (Eq. 9, 10).
 """
 
 from __future__ import annotations
@@ -167,10 +167,9 @@ def custom_forward(_: GraphView, candidate: Candidate) -> str | None:
 
 def parametrised(_: GraphView, candidate: Candidate) -> str | None:
     """What is wrong with a layer whose weight or bias is made anew at every use."""
-    names = ("weight", "bias")
-    module = candidate.module
-    for name in names if module is not None else ():
-        if name not in module._parameters:
+    parameters = {} if candidate.module is None else candidate.module._parameters
+    for name in ("weight", "bias"):
+        if candidate.module is not None and name not in parameters:
             return (
                 f"its {name} is computed from other parameters (weight norm or another "
                 "parametrisation). Remove that first to make the layer sparse"

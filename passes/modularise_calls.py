@@ -179,10 +179,14 @@ def _new_norm(view: GraphView, call: FunctionalCall, nodes: tuple[Node, ...]) ->
     assert call.flag is not None
     flag = view.module_of(call.flag)
     assert flag is not None
-    mean = owner._buffers["running_mean"]
-    new = kind(len(mean), **dict(call.settings), affine=call.has("weight"), device="meta")
+    mean: Any = owner._buffers["running_mean"]
+    new: nn.Module = kind(
+        len(mean), **dict(call.settings), affine=call.has("weight"), device="meta"
+    )
     tracked = owner._buffers["num_batches_tracked"] if _trackers(view, call.owner) else None
-    new._parameters |= {n: owner._parameters[n] if call.has(n) else None for n in ("weight", "bias")}
+    new._parameters |= {
+        n: owner._parameters[n] if call.has(n) else None for n in ("weight", "bias")
+    }
     new._buffers |= {name: owner._buffers[name] for name in ("running_mean", "running_var")}
     new._buffers["num_batches_tracked"] = tracked
     return new.train(flag.training)
@@ -200,7 +204,7 @@ def _call(
 
 
 def _checks_of_rank(x: Node) -> list[Node]:
-    """The assertions that a value has so many axes, which torch's batch norms make by themselves."""
+    """What asserts how many axes a value has, which torch's batch norms do by themselves."""
     ranks = [user for user in x.users if user.target is getattr and user.args[1] == "ndim"]
     equal = [user for rank in ranks for user in rank.users if user.target is operator.eq]
-    return [user for each in equal for user in each.users if user.target is torch._assert]
+    return [n for each in equal for n in each.users if n.target is torch._assert] + ranks

@@ -11,7 +11,7 @@ import copy
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -76,7 +76,7 @@ class Tracer(FxTracer):
         if isinstance(root, nn.Module):
             named = (*root.named_parameters(), *root.named_buffers())
             self._tensors = {id(tensor): name for name, tensor in reversed(named)}
-            self._opened |= {module for module in root.modules() if self._looks_through(module)}
+            self._opened |= self._looked_through([m for m in root.modules() if self._may_open(m)])
         return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -109,7 +109,12 @@ class Tracer(FxTracer):
         self.path = outer
         return result
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
+    def getattr(
+        self,
+        attr: str,  # noqa: ARG002  # torch.fx gives it
+        attr_val: Any,
+        parameter_proxy_cache: dict[str, Proxy],
+    ) -> Any:
         """A parameter or buffer as a value of the graph, whose shape is known."""
         name = self._tensors.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
         if name is None:
@@ -121,40 +126,57 @@ class Tracer(FxTracer):
             )
         return parameter_proxy_cache[name]
 
-    def _looks_through(self, module: nn.Module) -> bool:
-        """Whether the forward of a subclass is one function of torch on its own parameters."""
+    def _may_open(self, module: nn.Module) -> bool:
+        """Whether a module is of a subclass with a forward of its own."""
         theirs = type(module).__module__.startswith(("torch.nn.", "torch.ao.", "spre_fx."))
-        if not isinstance(module, _WHOLE) or theirs or is_batch_norm(module) or has_hooks(module):
+        if not isinstance(module, _WHOLE) or theirs or module in self._opened:
             return False
-        base = next(kind for kind in _WHOLE if isinstance(module, kind))
-        if module in self._opened or _runs_forward_of_torch(module):
-            return False
-        root = _Call(_skeleton(module))
+        return not (is_batch_norm(module) or has_hooks(module) or _runs_forward_of_torch(module))
+
+    def _looked_through(self, modules: Sequence[nn.Module]) -> set[nn.Module]:
+        """Those whose forward is one function of torch on their own parameters.
+
+        All are tried in one trace; where that fails each is tried by itself.
+        """
+        if not modules:
+            return set()
+        root = _CallEach(map(_skeleton, modules))
         modes = {each: each.training for each in root.modules()}
         try:
             training, evaluation = (self._try(root.train(mode)) for mode in (True, False))
             merge_modes(root, training, evaluation, modes)
-        except Exception:  # noqa: BLE001  # whatever the user's code raises: it stays whole
-            return False
+        except Exception:  # whatever the user's code raises: it stays whole
+            if len(modules) == 1:
+                return set()
+            return {module for each in modules for module in self._looked_through([each])}
         graph_module = GraphModule(root, training)
         keep_owners(root, graph_module)
-        return _is_one_call(GraphView(graph_module), norm=base is nn.modules.batchnorm._NormBase)
+        view = GraphView(graph_module)
+        norms = {call.owner for call, _ in read_batch_norms(view)}
+        return {m for i, m in enumerate(modules) if f"each.{i}" in norms or _is_layer(view, i)}
 
-    def _try(self, root: _Call) -> Graph:
+    def _try(self, root: _CallEach) -> Graph:
         tracer = Tracer(self._leaves)
-        tracer._opened = {root.module}
+        tracer._opened = set(root.each)
         return tracer.trace(root)
 
 
-class _Call(nn.Module):
-    """A model that calls one module."""
+class _CallEach(nn.Module):
+    """A model that calls each of some modules."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.module = module
+        self.each = nn.ModuleList(modules)
 
     def forward(self, x: Tensor) -> Any:
-        return self.module(x)
+        return [module(x) for module in self.each]
+
+
+def _is_layer(view: GraphView, number: int) -> bool:
+    layer = view.candidates.get(f"each.{number}")
+    if layer is None or layer.module is not None:
+        return False
+    return isinstance(read_layer(view, layer), FunctionalCall)
 
 
 class _TensorProxy(Proxy):
@@ -188,15 +210,6 @@ def _accept(_: object) -> None:
 
 def _runs_forward_of_torch(module: nn.Module) -> bool:
     return type(module).forward.__module__.startswith("torch.") and "forward" not in vars(module)
-
-
-def _is_one_call(view: GraphView, *, norm: bool) -> bool:
-    if norm:
-        return any(call.owner == "module" for call, _ in read_batch_norms(view))
-    layer = view.candidates.get("module")
-    if layer is None or layer.module is not None:
-        return False
-    return isinstance(read_layer(view, layer), FunctionalCall)
 
 
 def _skeleton(module: nn.Module) -> nn.Module:
