@@ -83,7 +83,7 @@ class _Step:
     node: Node
 
     def rank_after(self) -> int | None:
-        """How many axes the result has at least; None if the operation cannot be part of the chain."""
+        """How many axes the result has at least; None if the operation ends the chain."""
         module = self.view.module_of(self.node)
         if module is not None:
             return self._after_module(module)

@@ -103,9 +103,11 @@ class Tracer(FxTracer):
         checks = m in self._opened and isinstance(m, nn.modules.batchnorm._NormBase)
         if checks:  # it would branch on the rank of a value that has none yet
             vars(m)["_check_input_dim"] = _accept
-        result = super().call_module(m, forward, args, kwargs)
-        if checks:
-            del vars(m)["_check_input_dim"]
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        finally:
+            if checks:
+                del vars(m)["_check_input_dim"]
         self.path = outer
         return result
 
@@ -216,6 +218,8 @@ def _skeleton(module: nn.Module) -> nn.Module:
     """A copy that shares all tensors, and can be given modes and modules of its own."""
     clone = copy.copy(module)
     vars(clone).update({name: dict(vars(clone)[name]) for name in ("_parameters", "_buffers")})
+    vars(clone)["training"] = module.training
+    clone._buffers.pop("training", None)  # where a trace that watches for it has hidden it
     children = {n: None if m is None else _skeleton(m) for n, m in module._modules.items()}
     vars(clone)["_modules"] = children
     return clone

@@ -296,13 +296,6 @@ def test_a_model_that_cannot_be_copied_is_refused_with_its_name() -> None:
         trace(model)
 
 
-def test_weight_norm_by_a_hook_is_refused_with_what_torch_says_of_it() -> None:
-    with pytest.warns(FutureWarning):
-        model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(8, 8, 3)))
-    with pytest.raises(ModelError, match=r"this may be because of a torch\.nn\.utils\.weight_norm"):
-        trace(model)
-
-
 class Counting(Model):
     """Buffers that the forward changes, in each mode."""
 
