@@ -29,7 +29,7 @@ from spre_fx.modules import (
     TrainingFlag,
     TrainingSwitch,
 )
-from spre_fx.passes.functional_calls import FunctionalCall
+from spre_fx.passes.functional_calls import FunctionalCall, reads_metadata
 from spre_fx.passes.graph_view import GraphView
 from spre_fx.passes.merge_modes import merge_modes
 from spre_fx.passes.modularise_calls import read_batch_norms, read_layer
@@ -76,8 +76,14 @@ class Tracer(FxTracer):
         if isinstance(root, nn.Module):
             named = (*root.named_parameters(), *root.named_buffers())
             self._tensors = {id(tensor): name for name, tensor in reversed(named)}
-            self._opened |= self._looked_through([m for m in root.modules() if self._may_open(m)])
-        return super().trace(root, concrete_args)
+            # Of a pickled graph, whose modules are nodes already, torch.fx asks less.
+            may_open = self._may_open if type(self) is Tracer else lambda _: False
+            self._opened |= self._looked_through([m for m in root.modules() if may_open(m)])
+        graph = super().trace(root, concrete_args)
+        for node in reversed(graph.nodes):
+            if reads_metadata(node) and not node.users:
+                graph.erase_node(node)
+        return graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether `m` stays one node."""
