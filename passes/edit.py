@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from spre_fx.errors import ModelError
 from spre_fx.modules import NMLayer
+from spre_fx.subclasses import carry_hooks
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy, with the hooks that copy.deepcopy drops from GraphModules.
+
+    Raises:
+        ModelError: If the model cannot be copied.
+    """
+    try:
+        copied = copy.deepcopy(model, _detached(model))
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__}: expected a model that copy.deepcopy can copy, found: {error} "
+            "The input model is never modified, so a copy is needed."
+        ) from error
+    for ours, theirs in zip(copied.modules(), model.modules(), strict=True):
+        if isinstance(theirs, GraphModule):
+            carry_hooks(theirs, ours)
+    return copied
+
+
+def _detached(model: nn.Module) -> dict[int, Any]:
+    """What to copy of results that a forward left in attributes, which torch does not copy."""
+    values = [value for module in model.modules() for value in vars(module).values()]
+    results = [v for v in values if isinstance(v, Tensor) and not v.is_leaf]
+    return {id(result): result.detach().clone() for result in results}
 
 
 def add_module(root: nn.Module, name: str, module: nn.Module) -> str:

@@ -27,7 +27,7 @@ from spre_fx.passes.branches import masked_weight, spre_weight
 from spre_fx.passes.edit import erase_unused, replace_module
 from spre_fx.passes.graph_view import Candidate, GraphView, input_of
 from spre_fx.passes.matcher import Site, match_site
-from spre_fx.subclasses import copy_hooks
+from spre_fx.subclasses import carry_hooks
 from spre_fx.unstructured import UnstructuredMethod
 from spre_fx.verify import BranchModules, check_agreement, check_pattern
 
@@ -46,7 +46,7 @@ class FoldBranches(Pass):
                 _fold_site(view, match)
             elif not isinstance(match, Skip):
                 folded = _fold(name, match, [BranchModules(_masked_layer(match), None)])
-                copy_hooks(match, folded)
+                carry_hooks(match, folded)
                 replace_module(graph_module, name, folded)
                 for call in view.candidates[name].calls:
                     call.args, call.kwargs = (input_of(call),), {}
@@ -62,8 +62,9 @@ class FoldBranches(Pass):
 
     def ensures(self, graph_module: GraphModule) -> None:
         """No module of the training graph is left."""
+        view = GraphView(graph_module)
         for name, module in graph_module.named_modules():
-            if isinstance(module, NMLayer | SpReConv):
+            if isinstance(module, NMLayer | SpReConv) and view.enclosing_leaf(name) is None:
                 raise _not_as_built(name, f"a {type(module).__name__} whose branches do not")
 
 

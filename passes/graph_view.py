@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +12,7 @@ import networkx as nx
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from spre_fx import records
 from spre_fx.batch_norm import is_batch_norm
 from spre_fx.modules import SPARSIFIABLE, Layer, NMLayer, SpReConv
 from spre_fx.passes.functional_calls import LAYER_FUNCTIONS, owner_of, reads_metadata
@@ -88,7 +90,7 @@ class GraphView:
                 attributes[str(node.target)].append(node)
         return dict(attributes)
 
-    def readers(self, name: str) -> list[Node]:
+    def users_of(self, name: str) -> list[Node]:
         """The nodes that use the values of a parameter or buffer which the graph itself reads."""
         return [
             user
@@ -98,12 +100,12 @@ class GraphView:
         ]
 
     @cached_property
-    def read(self) -> dict[int, list[Node]]:
+    def readers(self) -> dict[int, list[Node]]:
         """The nodes that use the values of each tensor the graph reads, by the tensor's id."""
         return {
             id(self.tensor(name)): users
             for name in self.attributes
-            if (users := self.readers(name))
+            if (users := self.users_of(name))
         }
 
     def tensor(self, name: str) -> Tensor | None:
@@ -112,23 +114,48 @@ class GraphView:
         tensor = getattr(self.modules.get(owner), attribute, None)
         return tensor if isinstance(tensor, Tensor) else None
 
+    def shared(self, module: nn.Module) -> str | None:
+        """What else uses a parameter of `module`, in words; None where nothing does."""
+        for name, parameter in module.named_parameters(recurse=False):
+            owners = self.owners[id(parameter)]
+            if len(owners) > 1:
+                return f"its {name} is shared by {', '.join(owners)}"
+        return self.read_elsewhere(module) or records.read(module).get("shared")
+
+    def read_elsewhere(self, module: nn.Module) -> str | None:
+        """What else in the graph reads a parameter or buffer of `module`, in words."""
+        for name, tensor in {**module._parameters, **module._buffers}.items():
+            readers = [] if tensor is None else self.readers.get(id(tensor), [])
+            if readers:
+                return f"its {name} is also read by {', '.join(node.name for node in readers)}"
+        return None
+
     @cached_property
     def candidates(self) -> dict[str, Candidate]:
-        """Every conv and linear, module or functional call, by name. SpRe branches are no sites."""
+        """Every conv and linear, module or functional call, by name. SpRe branches are no sites.
+
+        Those in a part with a graph of its own belong to that graph.
+        """
         found = {}
         for name, module in self.graph_module.named_modules():
             if isinstance(module, Layer) and not isinstance(module, SpReConv):
                 calls = tuple(self.calls.get(id(module), ()))
-                found[name] = Candidate(name, module, calls, self._enclosing_leaf(name))
+                inside = self.enclosing_leaf(name)
+                if inside is None or not _is_divided(self.modules[inside]):
+                    found[name] = Candidate(name, module, calls, inside)
             if isinstance(module, nn.MultiheadAttention):
-                for weight in _ATTENTION_WEIGHTS:
-                    if module._parameters.get(weight) is None:
-                        continue
-                    own = f"{name}.{weight}"
-                    found[own] = Candidate(own, None, (), self._enclosing_leaf(own))
+                found |= {each.name: each for each in self._of_attention(name, module)}
         for name, nodes in self._functional_calls(set(found)).items():
             found[name] = Candidate(name, None, tuple(nodes), None)
         return found
+
+    def _of_attention(self, name: str, module: nn.MultiheadAttention) -> Iterator[Candidate]:
+        for weight in _ATTENTION_WEIGHTS:
+            own = f"{name}.{weight}"
+            inside = self.enclosing_leaf(own)
+            divided = inside is not None and _is_divided(self.modules[inside])
+            if module._parameters.get(weight) is not None and not divided:
+                yield Candidate(own, None, (), inside)
 
     def _functional_calls(self, modules: set[str]) -> dict[str, list[Node]]:
         found = defaultdict(list)
@@ -140,7 +167,8 @@ class GraphView:
                 found[owner].append(node)
         return found
 
-    def _enclosing_leaf(self, name: str) -> str | None:
+    def enclosing_leaf(self, name: str) -> str | None:
+        """The name of the module, a single node of the graph, that a module is inside of."""
         parts = name.split(".")
         parents = (".".join(parts[:end]) for end in range(1, len(parts)))
         return next((p for p in parents if self._runs_what_is_inside(self.modules[p])), None)
@@ -170,6 +198,11 @@ class GraphView:
         if isinstance(module, NMLayer) and module.live_taps is not None:
             return next(user for user in self.users(conv) if is_item(user, 0))
         return conv
+
+
+def _is_divided(module: nn.Module) -> bool:
+    """Whether a node calls a module that has a graph, or parts with graphs, of its own."""
+    return isinstance(module, GraphModule) or bool(records.read(module).get("divided"))
 
 
 def is_item(node: Node, index: int) -> bool:

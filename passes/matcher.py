@@ -190,17 +190,7 @@ def _hooks(_: GraphView, candidate: Candidate) -> str | None:
 
 
 def _read_elsewhere(view: GraphView, candidate: Candidate) -> str | None:
-    return _read_by(view, candidate.module, "its")
-
-
-def _read_by(view: GraphView, module: nn.Module | None, whose: str) -> str | None:
-    """A tensor of a module that a function of the graph uses too, so that it has to stay."""
-    tensors = {} if module is None else {**module._parameters, **module._buffers}
-    for name, tensor in tensors.items():
-        users = [] if tensor is None else view.read.get(id(tensor), [])
-        if users:
-            return f"{whose} {name} is also used by {', '.join(user.name for user in users)}"
-    return None
+    return None if candidate.module is None else view.read_elsewhere(candidate.module)
 
 
 def _chain(view: GraphView, candidate: Candidate) -> Chain:
@@ -257,16 +247,14 @@ def _bn_called_twice(view: GraphView, candidate: Candidate) -> str | None:
 
 def _bn_shares_parameters(view: GraphView, candidate: Candidate) -> str | None:
     bn, module = _bn(view, candidate)
-    for name, parameter in module.named_parameters(recurse=False):
-        owners = view.owners[id(parameter)]
-        if len(owners) > 1:
-            return f"is followed by {bn.target}, whose {name} is shared by {', '.join(owners)}"
-    return None
+    shared = view.shared(module)
+    return None if shared is None else f"is followed by {bn.target}: {shared}"
 
 
 def _bn_read_elsewhere(view: GraphView, candidate: Candidate) -> str | None:
     bn, module = _bn(view, candidate)
-    return _read_by(view, module, f"is followed by {bn.target}, whose")
+    read = view.read_elsewhere(module)
+    return None if read is None else f"is followed by {bn.target}: {read}"
 
 
 def _bn_hooks(view: GraphView, candidate: Candidate) -> str | None:

@@ -87,9 +87,9 @@ def _other_use(
     if id(view.modules[owner]) in view.calls:
         return f"its weight is used by a function, and {owner} is called as a module as well"
     for name in names:
-        for user in view.readers(f"{owner}.{name}"):
+        for user in view.users_of(f"{owner}.{name}"):
             if user not in calls:
-                return f"its {name} is also used by {user.name}"
+                return f"its {name} is also read by {user.name}"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from torch import nn
@@ -47,7 +48,7 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in _HOOKS)
 
 
-def copy_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Let the hooks of `source` run with `target`."""
+def carry_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Have the hooks that run when `source` is called run for `target` too."""
     for name in _HOOKS + _HOOK_OPTIONS:
-        setattr(target, name, getattr(source, name))
+        setattr(target, name, copy.copy(getattr(source, name)))

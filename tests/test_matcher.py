@@ -127,13 +127,13 @@ class OutputOfTwo(Model):
             model_of("Read", lambda m, x: m.bn1(m.conv1(x)) * m.conv1.weight.abs().mean()),
             "conv1",
             Reason.SHARED_PARAMETER,
-            "its weight is also used by abs_1",
+            "its weight is also read by abs_1",
         ),
         (
             model_of("Read", lambda m, x: m.bn1(m.conv1(x)) * m.bn1.running_var.sum()),
             "conv1",
             Reason.SHARED_PARAMETER,
-            "is followed by bn1, whose running_var is also used by sum_1",
+            "is followed by bn1: its running_var is also read by sum_1",
         ),
         (
             Attention,
@@ -151,7 +151,7 @@ class OutputOfTwo(Model):
             TiedBatchNorms,
             "conv2",
             Reason.SHARED_PARAMETER,
-            "is followed by bn2, whose weight is shared by bn1, bn2",
+            "is followed by bn2: its weight is shared by bn1, bn2",
         ),
         (
             lambda: chain(conv=nn.Conv2d(8, 8, 3), bn=nn.BatchNorm2d(8, track_running_stats=False)),

@@ -123,7 +123,7 @@ def computed_padding(m: Any, x: Tensor) -> Tensor:
             Reason.SHARED_PARAMETER,
             "its weight is used in 2 calls that differ in bias or settings",
         ),
-        (weight_used_twice, "conv1", Reason.SHARED_PARAMETER, "its weight is also used by abs_1"),
+        (weight_used_twice, "conv1", Reason.SHARED_PARAMETER, "its weight is also read by abs_1"),
         (
             computed_padding,
             "conv1",

@@ -5,7 +5,7 @@ import torch
 from models import Renamed, Standardised, double, shift
 from torch import nn
 
-from spre_fx.subclasses import copy_hooks, has_hooks, own_method, plain_base
+from spre_fx.subclasses import carry_hooks, has_hooks, own_method, plain_base
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
@@ -56,7 +56,7 @@ def test_hooks_are_seen_and_copied() -> None:
     conv.register_forward_hook(double)
     conv.register_forward_pre_hook(shift)
     assert has_hooks(conv)
-    copy_hooks(conv, other)
+    carry_hooks(conv, other)
     x = torch.randn(2, 8, 3, 3)
     other.load_state_dict(conv.state_dict())
     assert torch.equal(other(x), conv(x))
