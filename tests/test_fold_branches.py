@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchvision.ops import FrozenBatchNorm2d
 
+import spre_fx
 from spre_fx import (
     ASP,
     SRSTE,
@@ -332,3 +333,21 @@ def test_a_parametrised_layer_trains_and_stays_as_it_is() -> None:
     assert_close(result.graph_module(x), gm(x))
     assert torch.equal(result.graph_module.conv2.weight, gm.conv2.weight)
     assert type(result.graph_module.conv3) is type(model.conv3)
+
+
+def test_weight_norm_by_a_hook_stays_as_it_is_and_trains() -> None:
+    model = Model()
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(model.conv1)
+    gm = spre_fx.prepare(model.double(), "1:4")
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    before = gm.conv1.weight_v.detach().clone()
+    optimizer = torch.optim.SGD(gm.parameters(), 0.1)
+    gm(x).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(gm.conv1.weight_v, before)
+    (conv1, _) = spre_fx.sites(gm)
+    assert conv1.reason == "parametrised weight"
+    deployed = spre_fx.finalize(gm)
+    assert_close(deployed(x), gm.eval()(x))
+    assert {"conv1.weight_g", "conv1.weight_v"} <= deployed.state_dict().keys()
