@@ -5,6 +5,7 @@ from spre_fx.passes.duplicate_branches import DuplicateBranches
 from spre_fx.passes.fold_branches import FoldBranches
 from spre_fx.passes.lower import Lower
 from spre_fx.passes.matcher import Site, match_site
+from spre_fx.passes.modularise_calls import ModulariseCalls
 from spre_fx.passes.permute_channels import PermuteChannels
 from spre_fx.passes.pipeline import Pipeline, deployment_pipeline, training_pipeline
 from spre_fx.passes.policy import Policy
@@ -18,6 +19,7 @@ __all__ = [
     "DuplicateBranches",
     "FoldBranches",
     "Lower",
+    "ModulariseCalls",
     "Pass",
     "PassResult",
     "PermuteChannels",

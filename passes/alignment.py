@@ -2,7 +2,8 @@
 
 Calls of modules with the same name correspond in their order, and so do inputs and outputs. From
 there correspondence spreads backwards: where two corresponding nodes take a value at the same
-position, and the same operation makes it, the makers correspond.
+position, and the same operation makes it, the makers correspond. Operations that nothing takes the
+value of, such as assertions, correspond in their order as well.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ def _anchors(view: GraphView) -> dict[tuple[str, str, int], Node]:
     count: Counter[tuple[str, str]] = Counter()
     anchors = {}
     for node in view.digraph:
-        if node.op in ("placeholder", "get_attr", "call_module", "output"):
-            key = (node.op, str(node.target))
+        alone = node.op in ("placeholder", "get_attr", "call_module", "output")
+        if alone or not view.users(node):
+            key = (node.op, getattr(node.target, "__name__", str(node.target)))
             anchors[key[0], key[1], count[key]] = node
             count[key] += 1
     return anchors

@@ -33,6 +33,7 @@ class Reason(str, Enum):
     EXCLUDED = "excluded"
     FEW_CHANNELS = "fewer input channels than M"
     FUNCTIONAL = "functional call"
+    HAS_HOOKS = "has hooks"
     KERNEL_1X1 = "1x1 kernel"
     LINEAR = "linear"
     MODEL_INPUT = "channels of the model's input"

@@ -32,6 +32,7 @@ from spre_fx.passes.channel_tables import (
     TRANSPOSED,
 )
 from spre_fx.passes.graph_view import GraphView
+from spre_fx.subclasses import plain_base
 
 Value: TypeAlias = Any
 Kinds: TypeAlias = type[nn.Module] | tuple[type[nn.Module], ...]
@@ -134,7 +135,7 @@ class _Rules:
         known = (*SPARSIFIABLE, *TRANSPOSED) if isinstance(module, Layer) else None
         if isinstance(module, Layer) and "weight" not in module._parameters:
             return Fixed(Reason.PARAMETRISED, f"meet {node.target}, whose weight is computed")
-        if known is not None and type(module) not in known:
+        if known is not None and plain_base(module, known) is None:
             detail = f"meet {node.target}, a {type(module).__name__} with a forward of its own"
             return Fixed(Reason.CUSTOM_FORWARD, detail)
         ours_or_torchs = type(module).__module__.startswith(("torch.nn.", "spre_fx."))
@@ -188,6 +189,8 @@ class _Rules:
         if any(self._of(argument) is not None for argument in node.kwargs.values()):
             return self._mixed(node)
         channels = [value for value in known if isinstance(value, Channels)]
+        if not known:
+            return None
         if len(channels) < len(known) and channels:
             other = next(value for value in known if not isinstance(value, Channels))
             return self._with_other(node, channels[0], other)

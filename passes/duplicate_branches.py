@@ -2,7 +2,9 @@
 
     y = bn(conv(x))   ->   y = bn(conv(x)) + bn_spre(conv_spre(x))          (Eq. 9, masks to come)
 
-1x1 convs, linear layers and convs without a batch norm of their own get no second branch.
+Identities and views between the conv and its batch norm, which leave channels alone, are repeated
+in the SpRe branch. 1x1 convs, linear layers and convs without a batch norm of their own get no
+second branch.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from spre_fx.modules import new_spre_conv
 from spre_fx.passes.base import Account, Pass, Reason, Skip
 from spre_fx.passes.edit import add_module
 from spre_fx.passes.graph_view import Candidate, GraphView, input_of
-from spre_fx.passes.matcher import Site, match_site
+from spre_fx.passes.matcher import Site, match_site, steps
 from spre_fx.passes.policy import Policy
 
 
@@ -67,8 +69,13 @@ class DuplicateBranches(Pass):
         bn_spre = add_module(graph_module, f"{site.bn.target}_spre", new_bn)
         with graph.inserting_after(site.bn):
             spre_conv_node = graph.call_module(conv_spre, (input_of(site.conv),))
-        with graph.inserting_after(spre_conv_node):
-            spre_bn_node = graph.call_module(bn_spre, (spre_conv_node,))
+        value = spre_conv_node
+        for step in steps(view, site.chain):
+            with graph.inserting_after(value):
+                args = (value, *step.args[1:])
+                value = graph.create_node(step.op, step.target, args, step.kwargs)
+        with graph.inserting_after(value):
+            spre_bn_node = graph.call_module(bn_spre, (value,))
         with graph.inserting_after(spre_bn_node):
             branches, name = (site.bn, spre_bn_node), f"{site.bn.name}_sum"
             add = graph.create_node("call_function", operator.add, branches, name=name)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from spre_fx.errors import ModelError
+from spre_fx.modules import NMLayer
+from spre_fx.subclasses import carry_hooks
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -38,26 +40,6 @@ def _detached(model: nn.Module) -> dict[int, Any]:
     return {id(result): result.detach().clone() for result in results}
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks run when `module` is called."""
-    return any(getattr(module, attribute) for attribute in _HOOKS)
-
-
-def carry_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Have the hooks that run when `source` is called run for `target` too."""
-    for attribute in (*_HOOKS, *_HOOK_OPTIONS):
-        setattr(target, attribute, copy.copy(getattr(source, attribute)))
-
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_HOOK_OPTIONS = (
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_is_full_backward_hook",
-)
-
-
 def add_module(root: nn.Module, name: str, module: nn.Module) -> str:
     """Add `module` under `name`, or under `name` with a number where that is taken.
 
@@ -75,9 +57,27 @@ def add_module(root: nn.Module, name: str, module: nn.Module) -> str:
 
 
 def replace_module(graph_module: GraphModule, name: str, module: nn.Module) -> None:
-    """Put `module` where the module called `name` was."""
+    """Put `module` where the module called `name` was.
+
+    What was inside moves along, as the graph may use it on its own: the activation that a subclass
+    of a conv holds, say. What a mask was made with does not.
+    """
     parent, _, leaf = name.rpartition(".")
-    graph_module.get_submodule(parent)._modules[leaf] = module
+    owner = graph_module.get_submodule(parent)
+    before = owner._modules[leaf]
+    owner._modules[leaf] = module
+    if before is None or before is module:
+        return
+    own = {"weight", "bias"} | (_OF_THE_MASKS if isinstance(before, NMLayer) else set())
+    for here, there in zip(_inside(before), _inside(module), strict=True):
+        there |= {k: v for k, v in here.items() if k not in own and not hasattr(module, k)}
+
+
+def _inside(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._parameters, module._buffers, module._modules
+
+
+_OF_THE_MASKS = {"nm_mask", "live_taps", "dense_gradient"}
 
 
 def erase_unused(graph_module: GraphModule, nodes: Iterable[Node]) -> None:
@@ -94,6 +94,20 @@ def erase_unused(graph_module: GraphModule, nodes: Iterable[Node]) -> None:
         graph_module.graph.erase_node(node)
         if node.op == "call_module":
             called.add(str(node.target))
-    still = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
-    for name in called - still:
-        graph_module.delete_submodule(name)
+    used = {str(n.target) for n in graph_module.graph.nodes if n.op in ("call_module", "get_attr")}
+    around = {target[:end] for target in used for end, letter in enumerate(target) if letter == "."}
+    for name in called - used:
+        if name in around:
+            _empty(graph_module, name, used | around)
+        else:
+            graph_module.delete_submodule(name)
+
+
+def _empty(graph_module: GraphModule, name: str, used: set[str]) -> None:
+    """Leave, of a module, no more than holds together what the graph still uses inside it."""
+    module, shell = graph_module.get_submodule(name), nn.Module()
+    shell.training = module.training
+    for here, there in zip(_inside(module), _inside(shell), strict=True):
+        there |= {key: value for key, value in here.items() if f"{name}.{key}" in used}
+    parent, _, leaf = name.rpartition(".")
+    graph_module.get_submodule(parent)._modules[leaf] = shell

@@ -27,6 +27,7 @@ from spre_fx.passes.branches import masked_weight, spre_weight
 from spre_fx.passes.edit import erase_unused, replace_module
 from spre_fx.passes.graph_view import Candidate, GraphView, input_of
 from spre_fx.passes.matcher import Site, match_site
+from spre_fx.subclasses import carry_hooks
 from spre_fx.unstructured import UnstructuredMethod
 from spre_fx.verify import BranchModules, check_agreement, check_pattern
 
@@ -42,16 +43,18 @@ class FoldBranches(Pass):
         found = {name: _match(view, candidate) for name, candidate in view.candidates.items()}
         for name, match in found.items():
             if isinstance(match, Site):
-                _fold_site(graph_module, match)
+                _fold_site(view, match)
             elif not isinstance(match, Skip):
                 folded = _fold(name, match, [BranchModules(_masked_layer(match), None)])
+                carry_hooks(match, folded)
                 replace_module(graph_module, name, folded)
                 for call in view.candidates[name].calls:
                     call.args, call.kwargs = (input_of(call),), {}
         schedules = [n for n in view.digraph if isinstance(view.module_of(n), MaskSchedule)]
         schedules += [user for node in schedules for user in view.users(node)]
         sites = [match for match in found.values() if isinstance(match, Site)]
-        erase_unused(graph_module, schedules + [site.end for site in sites])
+        ends = [node for site in sites for node in (site.end, view.feature_map(site.conv))]
+        erase_unused(graph_module, schedules + ends)
         for site in sites:
             _check_items_are_gone(view, site)
         skipped = {name: match for name, match in found.items() if isinstance(match, Skip)}
@@ -88,14 +91,17 @@ def _match(view: GraphView, candidate: Candidate) -> Site | Layer | Skip:
     return module if isinstance(match, Skip) and isinstance(module, NMLayer) else match
 
 
-def _fold_site(graph_module: GraphModule, site: Site) -> None:
+def _fold_site(view: GraphView, site: Site) -> None:
     branches = [BranchModules(_masked_layer(site.layer), site.norm)]
     if site.spre is not None:
         layer = new_plain(site.spre.layer, spre_weight(site), site.spre.layer.bias)
         branches.append(BranchModules(layer, site.spre.norm))
-    replace_module(graph_module, site.name, _fold(site.name, site.layer, branches))
+    replace_module(view.graph_module, site.name, _fold(site.name, site.layer, branches))
     site.conv.args, site.conv.kwargs = (input_of(site.conv),), {}
-    site.end.replace_all_uses_with(site.conv)
+    y = view.feature_map(site.conv)
+    site.end.replace_all_uses_with(site.chain[-1] if site.chain else y)
+    if y is not site.conv:
+        y.replace_all_uses_with(site.conv)
 
 
 def _fold(name: str, layer: Layer, branches: Sequence[BranchModules]) -> Layer:

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import networkx as nx
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from spre_fx import records
-from spre_fx.modules import Layer, NMLayer, SpReConv
+from spre_fx.batch_norm import is_batch_norm
+from spre_fx.modules import SPARSIFIABLE, Layer, NMLayer, SpReConv
+from spre_fx.passes.functional_calls import LAYER_FUNCTIONS, owner_of, reads_metadata
+from spre_fx.subclasses import plain_base
 
-_FUNCTIONAL = {
-    function
-    for name in ("conv1d", "conv2d", "conv3d", "linear")
-    for function in (getattr(nn.functional, name), getattr(torch, name, None))
-    if function is not None
-} | {
-    getattr(module, f"conv_transpose{rank}d")
-    for rank in (1, 2, 3)
-    for module in (nn.functional, torch)
-}
+_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 @dataclass(frozen=True)
@@ -32,8 +26,9 @@ class Candidate:
     """A conv or linear of the model.
 
     Attributes:
-        name: The module's qualified name, or the node's name for a functional call.
-        module: The module; None for a functional call.
+        name: The module's qualified name. For a functional call, that of the module whose
+            `weight` it takes, or the node's name; for a weight of `nn.MultiheadAttention`, its own.
+        module: The module; None for a functional call and for a weight of an attention.
         calls: The nodes that call it.
         inside: The module, kept whole by the tracer, that it is a part of; None for most.
     """
@@ -87,24 +82,53 @@ class GraphView:
         return owners
 
     @cached_property
-    def readers(self) -> dict[int, list[str]]:
-        """The names of the nodes that read each parameter or buffer by themselves, by its id."""
-        readers = defaultdict(list)
+    def attributes(self) -> dict[str, list[Node]]:
+        """The nodes that read each parameter or buffer, by its name."""
+        attributes = defaultdict(list)
         for node in self.graph_module.graph.nodes:
             if node.op == "get_attr":
-                parent, _, leaf = str(node.target).rpartition(".")
-                readers[id(getattr(self.modules[parent], leaf))].append(node.name)
-        return readers
+                attributes[str(node.target)].append(node)
+        return dict(attributes)
+
+    def users_of(self, name: str) -> list[Node]:
+        """The nodes that use the values of a parameter or buffer which the graph itself reads."""
+        return [
+            user
+            for attribute in self.attributes.get(name, ())
+            for user in self.users(attribute)
+            if not reads_metadata(user)
+        ]
+
+    @cached_property
+    def readers(self) -> dict[int, list[Node]]:
+        """The nodes that use the values of each tensor the graph reads, by the tensor's id."""
+        return {
+            id(self.tensor(name)): users
+            for name in self.attributes
+            if (users := self.users_of(name))
+        }
+
+    def tensor(self, name: str) -> Tensor | None:
+        """The parameter or buffer of that name."""
+        owner, _, attribute = name.rpartition(".")
+        tensor = getattr(self.modules.get(owner), attribute, None)
+        return tensor if isinstance(tensor, Tensor) else None
 
     def shared(self, module: nn.Module) -> str | None:
         """What else uses a parameter of `module`, in words; None where nothing does."""
         for name, parameter in module.named_parameters(recurse=False):
-            owners, readers = self.owners[id(parameter)], self.readers[id(parameter)]
+            owners = self.owners[id(parameter)]
             if len(owners) > 1:
                 return f"its {name} is shared by {', '.join(owners)}"
+        return self.read_elsewhere(module) or records.read(module).get("shared")
+
+    def read_elsewhere(self, module: nn.Module) -> str | None:
+        """What else in the graph reads a parameter or buffer of `module`, in words."""
+        for name, tensor in {**module._parameters, **module._buffers}.items():
+            readers = [] if tensor is None else self.readers.get(id(tensor), [])
             if readers:
-                return f"its {name} is also read by {', '.join(readers)}"
-        return records.read(module).get("shared")
+                return f"its {name} is also read by {', '.join(node.name for node in readers)}"
+        return None
 
     @cached_property
     def candidates(self) -> dict[str, Candidate]:
@@ -119,17 +143,42 @@ class GraphView:
                 inside = self.enclosing_leaf(name)
                 if inside is None or not _is_divided(self.modules[inside]):
                     found[name] = Candidate(name, module, calls, inside)
+            if isinstance(module, nn.MultiheadAttention):
+                found |= {each.name: each for each in self._of_attention(name, module)}
+        for name, nodes in self._functional_calls(set(found)).items():
+            found[name] = Candidate(name, None, tuple(nodes), None)
+        return found
+
+    def _of_attention(self, name: str, module: nn.MultiheadAttention) -> Iterator[Candidate]:
+        for weight in _ATTENTION_WEIGHTS:
+            own = f"{name}.{weight}"
+            inside = self.enclosing_leaf(own)
+            divided = inside is not None and _is_divided(self.modules[inside])
+            if module._parameters.get(weight) is not None and not divided:
+                yield Candidate(own, None, (), inside)
+
+    def _functional_calls(self, modules: set[str]) -> dict[str, list[Node]]:
+        found = defaultdict(list)
         for node in self.graph_module.graph.nodes:
-            if node.op == "call_function" and node.target in _FUNCTIONAL:
-                name = f"{node.name} (function)" if node.name in found else node.name
-                found[name] = Candidate(name, None, (node,), None)
+            if node.op == "call_function" and node.target in LAYER_FUNCTIONS:
+                owner = owner_of(node)
+                if owner is None or id(self.modules[owner]) in self.calls:
+                    owner = f"{node.name} (function)" if node.name in modules else node.name
+                found[owner].append(node)
         return found
 
     def enclosing_leaf(self, name: str) -> str | None:
         """The name of the module, a single node of the graph, that a module is inside of."""
         parts = name.split(".")
         parents = (".".join(parts[:end]) for end in range(1, len(parts)))
-        return next((p for p in parents if id(self.modules[p]) in self.calls), None)
+        return next((p for p in parents if self._runs_what_is_inside(self.modules[p])), None)
+
+    def _runs_what_is_inside(self, module: nn.Module) -> bool:
+        """Whether a module is called, and is no layer that holds others without running them."""
+        if id(module) not in self.calls:
+            return False
+        plain = isinstance(module, NMLayer) or plain_base(module, SPARSIFIABLE) is not None
+        return not plain and not is_batch_norm(module)
 
     def module_of(self, node: Node) -> nn.Module | None:
         """The module a node calls, None if it calls none."""

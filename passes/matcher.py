@@ -1,8 +1,8 @@
 """Finds conv -> BN sites in a graph, and says of every other conv why it is not one.
 
-Analysis only: nothing here edits a graph. The pattern is an edge conv -> BN of the dataflow graph;
-the predicates on it are the conditions under which a parallel branch can be added after the BN, and
-later folded back (Eq. 9, 10).
+Analysis only: nothing here edits a graph. The pattern is an edge conv -> BN of the dataflow graph,
+or a chain of identities and views between the two; the predicates on it are the conditions under
+which a parallel branch can be added after the BN, and later folded back (Eq. 9, 10).
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from spre_fx.batch_norm import has_statistics, is_batch_norm
 from spre_fx.modules import SPARSIFIABLE, NMLayer, SpReConv
 from spre_fx.passes.base import Reason, Skip
+from spre_fx.passes.chains import Chain, follow, is_identity, repeats
+from spre_fx.passes.functional_calls import BATCH_NORM, read_call
 from spre_fx.passes.graph_view import Candidate, GraphView, input_of
+from spre_fx.subclasses import has_hooks, own_method
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Site:
     Attributes:
         name: The conv's qualified name.
         conv: The conv's only call.
+        chain: The identities and views between the two, in order.
         bn: The BN's only call.
         layer: The module `conv` calls.
         norm: The module `bn` calls.
@@ -55,6 +59,7 @@ class Site:
 
     name: str
     conv: Node
+    chain: tuple[Node, ...]
     bn: Node
     layer: _ConvNd
     norm: nn.Module
@@ -76,10 +81,13 @@ def match_site(view: GraphView, candidate: Candidate) -> Site | Skip:
     bn, norm = _bn(view, candidate)
     layer = candidate.module
     assert isinstance(layer, _ConvNd)
-    return Site(candidate.name, conv, bn, layer, norm, _spre_branch(view, conv, bn))
+    chain = _chain(view, candidate).nodes
+    return Site(candidate.name, conv, chain, bn, layer, norm, _spre_branch(view, conv, chain, bn))
 
 
-def _spre_branch(view: GraphView, conv: Node, bn: Node) -> SpReBranch | None:
+def _spre_branch(
+    view: GraphView, conv: Node, chain: tuple[Node, ...], bn: Node
+) -> SpReBranch | None:
     for add in view.users(bn):
         if add.target is not operator.add or len(view.users(bn)) != 1:
             continue
@@ -87,13 +95,27 @@ def _spre_branch(view: GraphView, conv: Node, bn: Node) -> SpReBranch | None:
             norm = view.module_of(bn_spre)
             if norm is None or not has_statistics(norm) or len(view.users(bn_spre)) != 1:
                 continue
-            conv_spre = input_of(bn_spre)
-            layer = view.module_of(conv_spre)
-            if not isinstance(layer, SpReConv) or len(view.users(conv_spre)) != 1:
+            conv_spre = _behind(view, chain, input_of(bn_spre))
+            layer = None if conv_spre is None else view.module_of(conv_spre)
+            if conv_spre is None or not isinstance(layer, SpReConv):
                 continue
             if input_of(conv_spre) is input_of(conv):
                 return SpReBranch(conv_spre, bn_spre, add, layer, norm)
     return None
+
+
+def steps(view: GraphView, chain: tuple[Node, ...]) -> list[Node]:
+    """The part of a chain that the SpRe branch repeats."""
+    return [node for node in chain if not is_identity(view, node)]
+
+
+def _behind(view: GraphView, chain: tuple[Node, ...], value: Node) -> Node | None:
+    """What makes the value that comes out of a repetition of `chain` as `value`."""
+    for step in reversed(steps(view, chain)):
+        if len(view.users(value)) != 1 or not repeats(value, step):
+            return None
+        value = value.all_input_nodes[0]
+    return value if len(view.users(value)) == 1 else None
 
 
 # Each predicate returns the guilty value in words, or None when it has nothing against the site.
@@ -126,14 +148,33 @@ def transposed(_: GraphView, candidate: Candidate) -> str | None:
 
 
 def custom_forward(_: GraphView, candidate: Candidate) -> str | None:
-    """What is wrong with a conv or linear of a class unknown here."""
-    kind = type(candidate.module)
-    if kind in SPARSIFIABLE or issubclass(kind, NMLayer):
+    """What is wrong with a conv or linear of a class whose forward is its own."""
+    module = candidate.module
+    if module is None or isinstance(module, NMLayer):
         return None
-    base = next(
-        (f"nn.{known.__name__}" for known in kind.__mro__ if known in SPARSIFIABLE), "a conv"
+    kind = type(module).__name__
+    base = next((known for known in SPARSIFIABLE if isinstance(module, known)), None)
+    if base is None:
+        return f"{kind} is a subclass of a conv, whose forward may differ"
+    method = own_method(module, base, state=True)
+    if method is None:
+        return None
+    return (
+        f"{kind} is a subclass of nn.{base.__name__}, whose {method} may differ. One that comes "
+        f"down to a single functional call on its own weight and bias is looked through"
     )
-    return f"{kind.__name__} is a subclass of {base}, whose forward may differ"
+
+
+def parametrised(_: GraphView, candidate: Candidate) -> str | None:
+    """What is wrong with a layer whose weight or bias is made anew at every use."""
+    parameters = {} if candidate.module is None else candidate.module._parameters
+    for name in ("weight", "bias"):
+        if candidate.module is not None and name not in parameters:
+            return (
+                f"its {name} is computed from other parameters (weight norm or another "
+                "parametrisation). Remove that first to make the layer sparse"
+            )
+    return None
 
 
 def _called_twice(_: GraphView, candidate: Candidate) -> str | None:
@@ -141,8 +182,25 @@ def _called_twice(_: GraphView, candidate: Candidate) -> str | None:
     return f"is called {count} times" if count > 1 else None
 
 
+def _hooks(_: GraphView, candidate: Candidate) -> str | None:
+    module = candidate.module
+    if module is None or not has_hooks(module):
+        return None
+    return "carries hooks, which see what it computes alone: no SpRe branch, and nothing is folded"
+
+
+def _read_elsewhere(view: GraphView, candidate: Candidate) -> str | None:
+    return None if candidate.module is None else view.read_elsewhere(candidate.module)
+
+
+def _chain(view: GraphView, candidate: Candidate) -> Chain:
+    layer = candidate.module
+    assert isinstance(layer, _ConvNd)
+    return follow(view, candidate.calls[0], layer)
+
+
 def _other_users(view: GraphView, candidate: Candidate) -> str | None:
-    users = view.users(view.feature_map(candidate.calls[0]))
+    users = _chain(view, candidate).users
     if len(users) == 1:
         return None
     if not users:
@@ -151,16 +209,20 @@ def _other_users(view: GraphView, candidate: Candidate) -> str | None:
 
 
 def _no_bn(view: GraphView, candidate: Candidate) -> str | None:
-    (user,) = view.users(view.feature_map(candidate.calls[0]))
+    (user,) = _chain(view, candidate).users
     module = view.module_of(user)
     if module is not None and (is_batch_norm(module) or _is_unknown_batch_norm(module)):
         return None
+    if user.target is BATCH_NORM:
+        call = read_call(view.graph_module, user)
+        why = call if isinstance(call, str) else "which is no module yet"
+        return f"feeds {user.name}, a functional batch norm: {why}. Use an nn.BatchNorm2d"
     what = "the output" if user.op == "output" else type(module).__name__ if module else user.name
     return f"feeds {what}, not a batch norm"
 
 
 def _bn(view: GraphView, candidate: Candidate) -> tuple[Node, nn.Module]:
-    (bn,) = view.users(view.feature_map(candidate.calls[0]))
+    (bn,) = _chain(view, candidate).users
     module = view.module_of(bn)
     assert module is not None
     return bn, module
@@ -189,6 +251,19 @@ def _bn_shares_parameters(view: GraphView, candidate: Candidate) -> str | None:
     return None if shared is None else f"is followed by {bn.target}: {shared}"
 
 
+def _bn_read_elsewhere(view: GraphView, candidate: Candidate) -> str | None:
+    bn, module = _bn(view, candidate)
+    read = view.read_elsewhere(module)
+    return None if read is None else f"is followed by {bn.target}: {read}"
+
+
+def _bn_hooks(view: GraphView, candidate: Candidate) -> str | None:
+    bn, module = _bn(view, candidate)
+    if not has_hooks(module):
+        return None
+    return f"is followed by {bn.target}, which carries hooks: no SpRe branch, nothing is folded"
+
+
 def _bn_no_statistics(view: GraphView, candidate: Candidate) -> str | None:
     bn, module = _bn(view, candidate)
     if has_statistics(module):
@@ -201,12 +276,17 @@ _PREDICATES: tuple[tuple[Reason, Callable[[GraphView, Candidate], str | None]], 
     (Reason.FUNCTIONAL, _functional),
     (Reason.LINEAR, _linear),
     (Reason.TRANSPOSED, transposed),
+    (Reason.PARAMETRISED, parametrised),
     (Reason.CUSTOM_FORWARD, custom_forward),
     (Reason.CALLED_TWICE, _called_twice),
+    (Reason.HAS_HOOKS, _hooks),
+    (Reason.SHARED_PARAMETER, _read_elsewhere),
     (Reason.OTHER_USERS, _other_users),
     (Reason.NO_BN, _no_bn),
     (Reason.BN_UNKNOWN, _bn_unknown),
     (Reason.BN_CALLED_TWICE, _bn_called_twice),
     (Reason.SHARED_PARAMETER, _bn_shares_parameters),
+    (Reason.SHARED_PARAMETER, _bn_read_elsewhere),
     (Reason.BN_NO_STATISTICS, _bn_no_statistics),
+    (Reason.HAS_HOOKS, _bn_hooks),
 )

@@ -76,8 +76,8 @@ class _Merge:
                 theirs.kwargs = self._unify(theirs, theirs.kwargs, node.kwargs)
             self.last = max(self.last, self.counterpart[node])
         shared = set(self.counterpart.values())
-        for node in itertools.chain(*self.waiting.values()):
-            if _may_be_view_of(node, shared):
+        for node in list(itertools.chain(*self.waiting.values())):
+            if _may_be_view_of(node, shared) and not self._counts(node):
                 self._refuse_in_place(node)
         self._check_order()
 
@@ -176,6 +176,16 @@ class _Merge:
         with self.graph.inserting_after(max([self.last, *inputs])):
             return self.graph.node_copy(node, self.counterpart.__getitem__)
 
+    def _counts(self, node: Node) -> bool:
+        """Let a buffer that training adds a number to, as to count batches, get 0 otherwise."""
+        if (node.op, node.target) != ("call_method", "add_") or node.kwargs:
+            return False
+        buffer, count = node.args if len(node.args) == 2 else (None, None)
+        if not isinstance(buffer, Node) or buffer.op != "get_attr" or type(count) is not int:
+            return False
+        node.args = (buffer, self._switch(node, count, 0))
+        return True
+
     def _refuse_in_place(self, node: Node) -> None:
         if _is_in_place(self.root, node):
             raise TraceError(
@@ -196,11 +206,11 @@ def _owner(node: Node) -> str:
 
 
 def _may_be_view_of(node: Node, others: Container[Node]) -> bool:
-    """Whether an input of `node` is one of `others`, or may share its memory."""
+    """Whether an input of `node` is one of `others` or the model's own, or may share its memory."""
     stack = list(node.all_input_nodes)
     while stack:
         producer = stack.pop()
-        if producer in others:
+        if producer in others or producer.op == "get_attr":
             return True
         if _name(producer) in _VIEWS:
             stack += producer.all_input_nodes
@@ -216,7 +226,14 @@ def _is_in_place(root: nn.Module, node: Node) -> bool:
         return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
     name = _name(node)
     written = name.endswith("_") and not name.endswith("__")
+    updates = node.target in _UPDATING and _argument(node, "running_mean", 1) is not None
+    if updates and _argument(node, "training", 5) is not False:
+        return True
     return written or node.target in _IN_PLACE or node.kwargs.get("inplace") is True
+
+
+def _argument(node: Node, name: str, position: int) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, False)
 
 
 def _name(node: Node) -> str:
@@ -247,6 +264,7 @@ _VIEWS = frozenset(
         "view_as",
     ]
 )
+_UPDATING = (nn.functional.batch_norm, nn.functional.instance_norm)
 _IN_PLACE = {
     getattr(operator, name)
     for name in ("iadd", "iand", "ior", "imul", "ipow", "isub", "itruediv", "ixor", "setitem")

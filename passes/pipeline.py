@@ -15,6 +15,7 @@ from spre_fx.passes.base import Account, Pass
 from spre_fx.passes.duplicate_branches import DuplicateBranches
 from spre_fx.passes.fold_branches import FoldBranches
 from spre_fx.passes.lower import Lower
+from spre_fx.passes.modularise_calls import ModulariseCalls
 from spre_fx.passes.permute_channels import PermuteChannels
 from spre_fx.passes.policy import Policy
 from spre_fx.passes.specialise_to_eval import SpecialiseToEval
@@ -60,15 +61,17 @@ def training_pipeline(
     clock: MaskSchedule | None = None,
 ) -> Pipeline:
     """Dense graph -> training graph."""
+    modularise = ModulariseCalls()
     if isinstance(method, UnstructuredMethod):
-        return Pipeline((WireUnstructured(policy, method, schedule),))
+        return Pipeline((modularise, WireUnstructured(policy, method, schedule)))
     search = method.permutation
     permute = () if search is None else (PermuteChannels(policy, search),)
+    first: tuple[Pass, ...] = (modularise, *permute)
     if branch is None:
-        return Pipeline((*permute, WireMasks(policy, method, schedule, clock=clock)))
+        return Pipeline((*first, WireMasks(policy, method, schedule, clock=clock)))
     duplicate = DuplicateBranches(policy, gamma)
     wire = WireMasks(policy, method, schedule, branch, criterion, clock)
-    return Pipeline((*permute, duplicate, wire))
+    return Pipeline((*first, duplicate, wire))
 
 
 def deployment_pipeline(backend: Backend) -> Pipeline:

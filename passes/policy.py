@@ -14,6 +14,7 @@ from spre_fx.modules import NMLayer
 from spre_fx.passes import matcher
 from spre_fx.passes.base import Reason, Skip
 from spre_fx.passes.graph_view import Candidate, GraphView
+from spre_fx.passes.modularise_calls import read_layer
 from spre_fx.patterns import Pattern
 
 
@@ -121,11 +122,14 @@ def _opaque(view: GraphView, candidate: Candidate, _: Pattern) -> str | None:
     return f"is run by {candidate.inside} ({kind}), which is kept whole"
 
 
-def _functional(_: GraphView, candidate: Candidate, __: Pattern) -> str | None:
+def _functional(view: GraphView, candidate: Candidate, __: Pattern) -> str | None:
     if candidate.module is not None:
         return None
+    call = read_layer(view, candidate)
+    if isinstance(call, Skip):
+        return call.detail.removeprefix(f"{candidate.name}: ")
     function = getattr(candidate.calls[0].target, "__name__", candidate.calls[0].target)
-    return f"{function} is called as a function, its weight belongs to no conv or linear module"
+    return f"{function} is called as a function. ModulariseCalls makes a module of it"
 
 
 def _transposed(view: GraphView, candidate: Candidate, _: Pattern) -> str | None:
@@ -136,11 +140,8 @@ def _custom_forward(view: GraphView, candidate: Candidate, _: Pattern) -> str | 
     return matcher.custom_forward(view, candidate)
 
 
-def _parametrised(_: GraphView, candidate: Candidate, __: Pattern) -> str | None:
-    assert candidate.module is not None
-    if "weight" in candidate.module._parameters:
-        return None
-    return "its weight is computed from other parameters (weight norm or another parametrisation)"
+def _parametrised(view: GraphView, candidate: Candidate, __: Pattern) -> str | None:
+    return matcher.parametrised(view, candidate)
 
 
 def _already_sparse(_: GraphView, candidate: Candidate, __: Pattern) -> str | None:

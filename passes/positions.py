@@ -111,6 +111,9 @@ def _count_in(model: nn.Module, views: Mapping[str, GraphView], runs: _Counts) -
         for name, candidate in view.candidates.items():
             if candidate.module is None:
                 functional |= {call.name: name for call in candidate.calls}
+                if not candidate.calls:  # attention kept whole reads it by itself
+                    weight = view.tensor(name)
+                    runs[name] = Runs(() if weight is None else tuple(weight.shape))
             elif name not in runs:
                 runs[name] = Runs(tuple(candidate.module.weight.shape))
                 if name in modules:

@@ -23,9 +23,9 @@ from spre_fx import records
 from spre_fx.batch_norm import is_batch_norm
 from spre_fx.errors import TraceError
 from spre_fx.modules import Layer
-from spre_fx.passes.edit import carry_hooks, has_hooks
 from spre_fx.passes.outside_code import read_code
-from spre_fx.passes.tracer import Tracer, trace_in_place
+from spre_fx.passes.tracer import Tracer, keep_owners, trace_in_place
+from spre_fx.subclasses import carry_hooks, has_hooks
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ def _moved(graph: Graph, root: nn.Module, old: str, new: str, name: str) -> Grap
             node.target = f"{new}.{relative}" if new else relative
     named = dict(root.named_modules(remove_duplicate=False))
     moved = GraphModule(root, graph, name)
+    keep_owners(root, moved)
     for target, module in moved.named_modules():
         module.training = named[target].training
     return moved
@@ -123,6 +124,16 @@ def has_forward(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward
 
 
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module is a conv or linear, or holds a weight that one may be computed with.
+
+    Those of torch do not, but for the outline of a user's own module in a graph.
+    """
+    weight = module._parameters.get("weight")
+    own = type(module) is nn.Module or not module.__module__.startswith("torch.")
+    return isinstance(module, Layer) or (weight is not None and weight.dim() > 1 and own)
+
+
 class _Walk:
     """Goes through a model from its root to its layers; what it meets becomes regions."""
 
@@ -138,7 +149,7 @@ class _Walk:
         seen = set()
         while self.waiting:
             module, caller = self.waiting.popleft()
-            if module not in seen and any(isinstance(m, Layer) for m in module.modules()):
+            if module not in seen and any(map(_is_layer, module.modules())):
                 seen.add(module)
                 yield from self.visit(module, caller)
 

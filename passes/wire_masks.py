@@ -31,6 +31,7 @@ from spre_fx.passes.matcher import Site, SpReBranch, match_site
 from spre_fx.passes.policy import Policy
 from spre_fx.patterns import Pattern
 from spre_fx.schedules import Schedule
+from spre_fx.subclasses import has_hooks
 
 BranchKind: TypeAlias = Literal["spre", "same", "inverse"]
 
@@ -94,7 +95,10 @@ class WireMasks(Pass):
         )
         layer.clock = None if self.clock is None else (self.clock,)
         for call in candidate.calls:
-            call.args, call.kwargs = (input_of(call), *([] if update is None else [update])), {}
+            extra = [] if update is None else [update]
+            call.args, call.kwargs = (input_of(call), *extra), {}
+            if extra and has_hooks(candidate.module):  # a hook that returns new arguments has one
+                call.args, call.kwargs = (input_of(call),), {"update": update}
         if isinstance(site, Site) and site.spre is not None:
             emit_masks(layer)
             if self.criterion is not None:

@@ -19,6 +19,7 @@ from spre_fx.passes.graph_view import GraphView, input_of
 from spre_fx.passes.policy import Policy
 from spre_fx.patterns import Pattern
 from spre_fx.schedules import Schedule
+from spre_fx.subclasses import has_hooks
 from spre_fx.unstructured import UnstructuredMethod
 from spre_fx.unstructured_masks import UnstructuredMasks
 
@@ -71,3 +72,5 @@ class WireUnstructured(Pass):
                 )
             for call in calls:
                 call.args, call.kwargs = (input_of(call), mask), {}
+                if has_hooks(layers[site]):  # a hook that returns new arguments has one
+                    call.args, call.kwargs = (input_of(call),), {"update": mask}

@@ -8,13 +8,17 @@ import torch
 from torch import nn
 
 from spre_fx.fold import BatchNormStatistics
+from spre_fx.subclasses import plain_base
 
 _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Whether `module` computes a batch norm and nothing else."""
-    return type(module) in _KINDS or is_frozen_batch_norm(module)
+    """Whether `module` computes a batch norm and nothing else.
+
+    A subclass that overrides no forward does.
+    """
+    return plain_base(module, _KINDS) is not None or is_frozen_batch_norm(module)
 
 
 def is_frozen_batch_norm(module: nn.Module) -> bool:
@@ -70,7 +74,8 @@ def new_spre_batch_norm(bn: Any, gamma: float) -> nn.Module:
         options["bias"] = False
     if isinstance(bn, nn.SyncBatchNorm):
         options["process_group"] = bn.process_group
-    new: nn.Module = (nn.BatchNorm2d if frozen else type(bn))(**options)
+    kind = next((kind for kind in _KINDS if isinstance(bn, kind)), nn.BatchNorm2d)
+    new: nn.Module = kind(**options)
     if isinstance(new.weight, nn.Parameter):
         with torch.no_grad():
             new.weight.fill_(gamma)

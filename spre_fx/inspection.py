@@ -141,7 +141,7 @@ def describe(views: Mapping[str, GraphView]) -> dict[str, SiteInfo]:
 def _describe(view: GraphView, candidate: Candidate) -> SiteInfo:
     module = candidate.module
     if module is None:
-        return _describe_call(candidate)
+        return _describe_call(view, candidate)
     match = match_site(view, candidate)
     site = match if isinstance(match, Site) else None
     kernels = [masked_weight(module)]
@@ -172,22 +172,28 @@ def _describe(view: GraphView, candidate: Candidate) -> SiteInfo:
 _NOTES: tuple[Literal["note", "permutation"], ...] = ("note", "permutation")
 
 
-def _describe_call(candidate: Candidate) -> SiteInfo:
-    (call,) = candidate.calls
-    function = getattr(call.target, "__name__", "function")
+def _describe_call(view: GraphView, candidate: Candidate) -> SiteInfo:
+    """A functional call, or a weight that attention kept whole reads by itself."""
+    weight = view.tensor(candidate.name if candidate.inside else f"{candidate.name}.weight")
+    what, reason = "nn.MultiheadAttention", Reason.OPAQUE
+    note = f"is read by {candidate.inside}, which is kept whole"
+    if candidate.calls:
+        function = getattr(candidate.calls[0].target, "__name__", "function")
+        what, reason = f"F.{function}", Reason.FUNCTIONAL
+        note = f"{function} is called as a function"
     return SiteInfo(
         name=candidate.name,
         state=State.DENSE,
-        structure=f"F.{function}",
-        weight_shape=(),
+        structure=what,
+        weight_shape=() if weight is None else tuple(weight.shape),
         pattern=None,
         density=1.0,
         live_taps=None,
-        parameters=0,
-        nonzeros=0,
+        parameters=0 if weight is None else weight.numel(),
+        nonzeros=0 if weight is None else int(weight.count_nonzero()),
         backend=None,
-        reason=str(Reason.FUNCTIONAL),
-        note=f"{candidate.name}: {function} is called as a function",
+        reason=str(reason),
+        note=f"{candidate.name}: {note}",
     )
 
 

@@ -18,6 +18,7 @@ from spre_fx.methods import MaskMethod
 from spre_fx.patterns import Pattern
 from spre_fx.scheduled_mask import ScheduledMask
 from spre_fx.schedules import Schedule
+from spre_fx.subclasses import plain_base
 
 
 class MaskSchedule(nn.Module):
@@ -283,12 +284,15 @@ def make_nm(layer: Layer, pattern: Pattern, method: MaskMethod, *, keep_masks: b
     """Turn a conv or linear into its N:M kind, in place: the very module, parameters and hooks.
 
     Args:
-        layer: An `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` or `nn.Linear`, no subclass.
+        layer: An `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` or `nn.Linear`, or of a subclass that
+            computes the same; it is of our own class from now on.
         pattern: The N:M pattern.
         method: The mask method.
         keep_masks: Whether the mask outlives a step; if so it is taken from the weights now.
     """
-    layer.__class__ = _NM_TYPES[type(layer)]  # type: ignore[assignment]  # it is a subclass
+    plain = plain_base(layer, SPARSIFIABLE, state=True)
+    assert plain is not None
+    layer.__class__ = _NM_TYPES[plain]  # type: ignore[assignment]  # it is a subclass
     sparse: Any = layer
     sparse.pattern = pattern
     sparse.method = method
@@ -310,7 +314,8 @@ def emit_masks(layer: NMLayer) -> None:
 
 def new_spre_conv(conv: _ConvNd) -> SpReConv:
     """A conv configured as `conv`, with fresh weights from its class's own initialiser."""
-    spre = _SPRE_TYPES[type(conv)](**_options(conv))
+    plain = next(kind for kind in _SPRE_TYPES if isinstance(conv, kind))
+    spre = _SPRE_TYPES[plain](**_options(conv))
     spre.weight.data = laid_out_as(conv.weight, spre.weight.detach())
     return spre.train(conv.training).requires_grad_(conv.weight.requires_grad)
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from spre_fx.errors import VerificationError
 from spre_fx.modules import Layer
 from spre_fx.patterns import Pattern
 
+_RANKS = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
@@ -33,7 +35,16 @@ class BranchModules:
     def evaluate(self, x: Tensor) -> Tensor:
         """The branch's output in evaluation, in float64."""
         y: Tensor = _on_cpu(self.layer, torch.float64)(x)
-        return y if self.bn is None else _on_cpu(self.bn, torch.float64)(y)
+        if self.bn is None:
+            return y
+        bn: Any = _on_cpu(self.bn, torch.float64)
+        rank = next((rank for kind, rank in _RANKS.items() if isinstance(bn, kind)), y.dim())
+        if rank != y.dim():  # views between the two: the axes behind the channels may be any
+            ones = [1] * (rank - 3)
+            flat: Tensor = bn(y.reshape(*y.shape[:2], -1, *ones))
+            return flat.reshape(y.shape)
+        output: Tensor = bn(y)
+        return output
 
 
 def _on_cpu(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils._pytree import tree_leaves
 
 from spre_fx import SRSTE, EveryStep, MaskMethod, Pattern, Schedule
@@ -130,6 +131,128 @@ class FunctionalConv(Model):
         return self.bn2(self.conv2(self.bn1(self.conv2d(x)).relu()))
 
 
+class Renamed(nn.Conv2d):
+    """A subclass that computes what its base does."""
+
+    def downsample_stride(self) -> int:
+        return 1
+
+
+class SamePadding(nn.Conv2d):
+    """A subclass that pads by itself, as timm's Conv2dSame."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, self.weight.shape[-1] - 1, 0, self.weight.shape[-2] - 1))
+        return F.conv2d(x, self.weight, self.bias, self.stride, (0, 0), self.dilation, self.groups)
+
+
+class ConvNormAct(nn.Conv2d):
+    """A conv that holds and runs its batch norm and activation, as detectron2's."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.norm, self.activation = nn.BatchNorm2d(self.out_channels), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.norm(super().forward(x)))
+
+
+class BatchNormAct(nn.BatchNorm2d):
+    """A batch norm that runs its activation, written out as timm's BatchNormAct2d."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.drop, self.act = nn.Identity(), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, f"expected 4D input (got {x.ndim}D input)")
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        statistics = self.running_mean, self.running_var
+        factor = self.momentum
+        x = F.batch_norm(x, *statistics, self.weight, self.bias, training, factor, self.eps)
+        return self.act(self.drop(x))
+
+
+class ScaledBatchNorm(nn.BatchNorm2d):
+    """A batch norm that calls its base's forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x).relu()
+
+
+class RenamedBatchNorm(nn.BatchNorm2d):
+    """A batch norm that computes what its base does."""
+
+
+class FunctionalOnModules(Model):
+    """Functions on the parameters of modules that are never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bn = self.bn1
+        y = F.conv2d(x, self.conv1.weight, padding=1)
+        y = F.batch_norm(
+            y, bn.running_mean, bn.running_var, bn.weight, bn.bias, self.training, bn.momentum
+        )
+        y = self.bn2(F.conv2d(y, self.conv2.weight, self.conv2.bias, 2, (1,)))
+        return F.linear(y.mean((2, 3)), self.fc.weight, bias=self.fc.bias)
+
+
+class Kernel(nn.Module):
+    """A module of the user's own that is a conv, with weight and bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 4, 3, 3))
+        self.bias = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, dilation=2, groups=2)
+
+
+class Views(Model):
+    """Identities and views between a conv and its batch norm, of another rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.identity, self.drop, self.norm = nn.Identity(), nn.Dropout(0.0), nn.BatchNorm1d(8)
+        randomise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.drop(self.identity(self.conv1(x)))
+        y = self.bn1(y.flatten(2).unsqueeze(-1)).relu().squeeze(-1)
+        b, c, h, w = x.shape
+        y = self.conv2(y.view(b, c, h, w))
+        return self.norm(y.view(y.shape[0], y.size(1), -1).contiguous()).relu()
+
+
+class Hooked(Model):
+    """A hook on a conv, and one on the batch norm behind another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1.register_forward_hook(double)
+        self.bn2.register_forward_pre_hook(shift)
+        self.conv3 = nn.Conv2d(8, 8, 3)
+        self.conv3.register_forward_pre_hook(shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv3(super().forward(x))
+
+
+def double(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return 2 * output
+
+
+def shift(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0] + 1,)
+
+
 class Transposed(Model):
     kind = nn.ConvTranspose2d
 
@@ -149,6 +272,20 @@ class Parametrised(Model):
     def __init__(self) -> None:
         super().__init__()
         self.conv1 = weight_norm(self.conv1)
+
+
+class ParametrisedOtherwise(Model):
+    """A spectral norm, and a parametrisation of the bias alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv2 = spectral_norm(self.conv2)
+        self.conv3 = nn.Conv2d(8, 8, 1)
+        parametrize.register_parametrization(self.conv3, "bias", nn.Softplus())
+        self.fc = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv3(super().forward(x)))
 
 
 class Never(Model):
@@ -231,9 +368,21 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
             FunctionalDropout,
             AuxiliaryHead,
             DropPath,
+            FunctionalOnModules,
+            Views,
+            Hooked,
+            ParametrisedOtherwise,
         ),
     )
 } | {
+    "renamed": lambda: chain(conv=Renamed(8, 8, 3), bn=RenamedBatchNorm(8)),
+    "same padding": lambda: chain(conv=SamePadding(8, 8, 3, 2), bn=nn.BatchNorm2d(8)),
+    "conv with norm": lambda: chain(conv=ConvNormAct(8, 8, 3), next=ConvNormAct(8, 8, 3)),
+    "norm with activation": lambda: chain(
+        conv=nn.Conv2d(8, 8, 3), bn=BatchNormAct(8), next=SamePadding(8, 8, 3), bn2=BatchNormAct(8)
+    ),
+    "scaled norm": lambda: chain(conv=nn.Conv2d(8, 8, 3), bn=ScaledBatchNorm(8)),
+    "own kernel": lambda: chain(conv=Kernel(), bn=nn.BatchNorm2d(8)),
     "shared block": lambda: chain(**dict.fromkeys("ab", FunctionalDropout())),
     "depthwise": lambda: conv_bn(groups=8),
     "grouped": lambda: conv_bn(groups=2),

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import (
     MODELS,
+    Hooked,
     Model,
     Residual,
     SharedConv,
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchvision.ops import FrozenBatchNorm2d
 
+import spre_fx
 from spre_fx import (
     ASP,
     SRSTE,
@@ -297,3 +299,55 @@ def test_a_wrong_fold_is_refused_and_makes_no_model(
         FOLD(gm)
     assert gm.code == before.code
     assert_same(dict(gm.state_dict()), dict(before.state_dict()))
+
+
+def test_hooks_see_what_the_layer_computes_in_training_and_when_deployed() -> None:
+    model = Hooked()
+    seen: list[Tensor] = []
+    model.conv1.register_forward_hook(lambda _, __, y: seen.append(y))
+    gm = prepare(model, schedule=EveryK(2)).double()
+    assert kinds(gm).count("SpReConv2d") == 0
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    gm.train()(x).sum().backward()
+    expected = gm.eval()(x)
+    result = FOLD(gm)
+    assert result.account.applied == ("conv1", "conv2", "conv3")
+    found = result.graph_module.eval()(x)
+    assert_close(found, expected)
+    assert_close(seen[2], seen[1])
+    assert [type(y) for y in seen] == [Tensor] * 3
+    assert kinds(result.graph_module).count("BatchNorm2d") == 2
+
+
+def test_a_parametrised_layer_trains_and_stays_as_it_is() -> None:
+    model = MODELS["ParametrisedOtherwise"]()
+    gm = prepare(model, schedule=EveryK(2)).double()
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    before = gm.conv2.parametrizations.weight.original.detach().clone()
+    optimizer = torch.optim.SGD(gm.parameters(), 0.1)
+    gm(x).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(gm.conv2.parametrizations.weight.original, before)
+    result = FOLD(gm.eval())
+    assert set(reasons(result)) == {"conv2", "conv3"}
+    assert_close(result.graph_module(x), gm(x))
+    assert torch.equal(result.graph_module.conv2.weight, gm.conv2.weight)
+    assert type(result.graph_module.conv3) is type(model.conv3)
+
+
+def test_weight_norm_by_a_hook_stays_as_it_is_and_trains() -> None:
+    model = Model()
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(model.conv1)
+    gm = spre_fx.prepare(model.double(), "1:4")
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    before = gm.conv1.weight_v.detach().clone()
+    optimizer = torch.optim.SGD(gm.parameters(), 0.1)
+    gm(x).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(gm.conv1.weight_v, before)
+    (conv1, _) = spre_fx.sites(gm)
+    assert conv1.reason == "parametrised weight"
+    deployed = spre_fx.finalize(gm)
+    assert_close(deployed(x), gm.eval()(x))
+    assert {"conv1.weight_g", "conv1.weight_v"} <= deployed.state_dict().keys()

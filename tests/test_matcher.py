@@ -10,9 +10,11 @@ from models import (
     CustomForward,
     DeadOutput,
     FunctionalConv,
+    Hooked,
     KeywordCall,
     Model,
     OtherUsers,
+    Parametrised,
     Residual,
     SharedBatchNorm,
     SharedConv,
@@ -22,6 +24,7 @@ from models import (
     Transposed,
     chain,
     conv_bn,
+    model_of,
     node_of,
     prepare,
 )
@@ -41,7 +44,7 @@ def match(graph_module: GraphModule, name: str) -> Site | Skip:
 
 class Doubled(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
+        return 2 * super().forward(x) if x.mean() > 0 else x  # nothing torch.fx can follow
 
 
 class OutputOfTwo(Model):
@@ -99,6 +102,44 @@ class OutputOfTwo(Model):
             "conv",
             Reason.BN_UNKNOWN,
             "is followed by norm, a Doubled, which is no known batch norm",
+        ),
+        (
+            Hooked,
+            "conv1",
+            Reason.HAS_HOOKS,
+            "carries hooks, which see what it computes alone: no SpRe branch, and nothing is "
+            "folded",
+        ),
+        (
+            Hooked,
+            "conv2",
+            Reason.HAS_HOOKS,
+            "is followed by bn2, which carries hooks: no SpRe branch, nothing is folded",
+        ),
+        (
+            Parametrised,
+            "conv1",
+            Reason.PARAMETRISED,
+            "its weight is computed from other parameters (weight norm or another "
+            "parametrisation). Remove that first to make the layer sparse",
+        ),
+        (
+            model_of("Read", lambda m, x: m.bn1(m.conv1(x)) * m.conv1.weight.abs().mean()),
+            "conv1",
+            Reason.SHARED_PARAMETER,
+            "its weight is also read by abs_1",
+        ),
+        (
+            model_of("Read", lambda m, x: m.bn1(m.conv1(x)) * m.bn1.running_var.sum()),
+            "conv1",
+            Reason.SHARED_PARAMETER,
+            "is followed by bn1: its running_var is also read by sum_1",
+        ),
+        (
+            Attention,
+            "attention.in_proj_weight",
+            Reason.NOT_CALLED,
+            "is run by attention, which is kept whole",
         ),
         (
             SharedBatchNorm,

@@ -29,6 +29,7 @@ from spre_fx.passes import (
     DuplicateBranches,
     FoldBranches,
     Lower,
+    ModulariseCalls,
     Pass,
     PassResult,
     PermuteChannels,
@@ -49,8 +50,12 @@ UNSTRUCTURED = WireUnstructured(POLICY, GMP(), CubicRamp(0, 4))
 WIRE = WireMasks(POLICY, SRSTE(), EveryStep())
 
 
+def modularised(model: nn.Module) -> GraphModule:
+    return ModulariseCalls()(trace(model)).graph_module
+
+
 def duplicated(model: nn.Module) -> GraphModule:
-    return randomise(DUPLICATE(trace(model)).graph_module)
+    return randomise(DUPLICATE(modularised(model)).graph_module)
 
 
 def specialised(model: nn.Module) -> GraphModule:
@@ -63,7 +68,9 @@ def folded(model: nn.Module) -> GraphModule:
 
 # Each pass and the graphs it is run on: those of its pipeline, and a dense one.
 RUNS: dict[str, tuple[Pass, Callable[[nn.Module], GraphModule]]] = {
-    "duplicate": (DUPLICATE, trace),
+    "modularise": (ModulariseCalls(), trace),
+    "duplicate": (DUPLICATE, modularised),
+    "duplicate around functions": (DUPLICATE, trace),
     "permute a dense graph": (PERMUTE, trace),
     "wire a dense graph": (WIRE, trace),
     "wire unstructured masks": (UNSTRUCTURED, trace),

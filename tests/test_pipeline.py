@@ -13,6 +13,7 @@ from spre_fx.passes import (
     DuplicateBranches,
     FoldBranches,
     Lower,
+    ModulariseCalls,
     Pipeline,
     Policy,
     SpecialiseToEval,
@@ -29,6 +30,7 @@ DEPLOYMENT = deployment_pipeline(DenseBackend())
 
 def test_the_training_pipeline_duplicates_and_wires() -> None:
     assert TRAINING.passes == (
+        ModulariseCalls(),
         DuplicateBranches(POLICY, 0.5),
         WireMasks(POLICY, SRSTE(), EveryStep()),
     )
@@ -36,7 +38,7 @@ def test_the_training_pipeline_duplicates_and_wires() -> None:
 
 def test_without_a_branch_the_training_pipeline_only_wires() -> None:
     plain = training_pipeline(POLICY, SRSTE(), EveryK(2), branch=None, gamma=1.0)
-    assert plain.passes == (WireMasks(POLICY, SRSTE(), EveryK(2)),)
+    assert plain.passes == (ModulariseCalls(), WireMasks(POLICY, SRSTE(), EveryK(2)))
 
 
 def test_the_deployment_pipeline_specialises_folds_and_lowers() -> None:
@@ -82,7 +84,7 @@ def test_in_place_a_pipeline_works_on_the_very_graph() -> None:
     conv, weight = gm.conv1, gm.conv1.weight
     prepared, accounts = TRAINING.run_in_place(gm)
     assert prepared is gm
-    assert len(accounts) == 2
+    assert len(accounts) == 3
     assert gm.conv1 is conv
     assert isinstance(conv, NMLayer)
     assert conv.weight is weight

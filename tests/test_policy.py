@@ -61,7 +61,7 @@ class PlainConv(nn.modules.conv._ConvNd):
         super().__init__(8, 8, pair, pair, (0, 0), pair, False, (0, 0), 1, True, "zeros")
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias)
+        return F.conv2d(x, self.weight.abs(), self.bias)
 
 
 @pytest.mark.parametrize(
@@ -83,13 +83,15 @@ class PlainConv(nn.modules.conv._ConvNd):
             Parametrised,
             "conv1",
             Reason.PARAMETRISED,
-            "its weight is computed from other parameters (weight norm or another parametrisation)",
+            "its weight is computed from other parameters (weight norm or another "
+            "parametrisation). Remove that first to make the layer sparse",
         ),
         (
             CustomForward,
             "conv1",
             Reason.CUSTOM_FORWARD,
-            "Standardised is a subclass of nn.Conv2d, whose forward may differ",
+            "Standardised is a subclass of nn.Conv2d, whose forward may differ. One that comes "
+            "down to a single functional call on its own weight and bias is looked through",
         ),
         (TiedConvs, "conv2", Reason.SHARED_PARAMETER, "its weight is shared by conv1, conv2"),
         (lambda: conv_bn(groups=8), "conv", Reason.DEPTHWISE, "depthwise, groups=8 equals C_in=8"),
@@ -182,16 +184,34 @@ def test_a_conv_of_no_known_base_stays_dense_and_says_why() -> None:
     skip = decide(Policy(P), chain(conv=PlainConv()))["conv"]
     assert isinstance(skip, Skip)
     assert skip.reason is Reason.CUSTOM_FORWARD
-    assert skip.detail.startswith("conv: PlainConv ")
+    assert skip.detail == "conv: PlainConv is a subclass of a conv, whose forward may differ"
 
 
-@pytest.mark.parametrize("function", [F.conv2d, F.linear, F.conv_transpose1d])
-def test_a_functional_call_stays_dense_and_says_why(function: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        *(
+            (
+                function,
+                "its weight belongs to no conv or linear module: w makes it. Where it is a "
+                "parameter, pass that itself",
+            )
+            for function in (F.conv2d, F.linear)
+        ),
+        (
+            F.conv_transpose1d,
+            "and a transposed conv sums over output channels, not in groups of inputs",
+        ),
+    ],
+)
+def test_a_functional_call_stays_dense_and_says_why(
+    function: Callable[..., Tensor], why: str
+) -> None:
     def forward(x: Tensor, w: Tensor) -> Tensor:
         return function(x, w)
 
     name = function.__name__
-    detail = f"{name} is called as a function, its weight belongs to no conv or linear module"
+    detail = f"{name} is called as a function, {why}"
     assert decide(Policy(P), symbolic_trace(forward)) == {
         name: Skip(Reason.FUNCTIONAL, f"{name}: {detail}")
     }

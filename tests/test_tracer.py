@@ -22,6 +22,7 @@ from models import (
     Model,
     Never,
     Residual,
+    SamePadding,
     TiedConvs,
     assert_same,
     chain,
@@ -306,3 +307,96 @@ def test_constants_of_the_forward_are_no_state_of_the_model() -> None:
         assert not any("constant" in name for name in each.state_dict())
         x = torch.randn(2, 8, 6, 6)
         assert torch.equal(each.train(model.training)(x), model(x))
+
+
+class Counting(Model):
+    """Buffers that the forward changes, in each mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("calls", torch.zeros(3), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.mul_(0.5).add_(x.mean())
+        if self.training:
+            self.steps.add_(1)
+        return self.conv1(x) * self.calls.mean() + self.steps
+
+
+def test_what_a_forward_does_to_a_buffer_is_done_by_its_trace() -> None:
+    model = Counting()
+    before = copy.deepcopy(model)
+    traced = trace(model)
+    assert_same(dict(model.state_dict()), dict(before.state_dict()))
+    assert traced.state_dict().keys() == {"steps", "conv1.weight"}
+    x = torch.randn(2, 8, 6, 6)
+    for training in True, True, False, True, False:
+        ours, theirs = traced.train(training)(x), model.train(training)(x)
+        assert torch.equal(ours, theirs)
+        assert torch.equal(traced.calls, model.calls)
+    assert int(traced.steps) == int(model.steps) == 3
+
+
+def changed_in_training(model: Any, x: Tensor) -> Tensor:
+    if model.training:
+        model.bn1.running_mean.mul_(0.5)
+    return model.conv1(x) + model.bn1.running_mean.sum()
+
+
+def changed_in_evaluation(model: Any, x: Tensor) -> Tensor:
+    return (
+        model.conv1(x)
+        if model.training
+        else model.conv1(x) + model.bn1.running_mean.mul_(0.5).sum()
+    )
+
+
+def statistics_in_training(model: Any, x: Tensor) -> Tensor:
+    y = model.conv1(x)
+    bn = model.bn1
+    if model.training:
+        return F.batch_norm(y, bn.running_mean, bn.running_var, training=True)
+    return y
+
+
+@pytest.mark.parametrize(
+    "body", [changed_in_training, changed_in_evaluation, statistics_in_training]
+)
+def test_a_buffer_changed_in_one_mode_alone_is_refused(
+    body: Callable[[Any, Tensor], Tensor],
+) -> None:
+    with pytest.raises(TraceError, match="which changes one in place in one mode alone"):
+        trace(model_of("InPlace", body)())
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("renamed", ["Renamed", "RenamedBatchNorm"]),
+        ("same padding", ["weight", "pad", "bias", "conv2d", "BatchNorm2d"]),
+        ("CustomForward", ["Standardised", "BatchNorm2d", "relu", "Conv2d", "BatchNorm2d"]),
+    ],
+)
+def test_subclasses_are_looked_through_where_they_are_one_function(
+    name: str, found: list[str]
+) -> None:
+    ours = [kind.rpartition(".")[2] for kind in kinds(trace(MODELS[name]()))[1:-1]]
+    assert ours == found
+
+
+def test_a_subclass_with_hooks_or_named_is_kept_whole() -> None:
+    model = chain(conv=SamePadding(8, 8, 3), bn=nn.BatchNorm2d(8))
+    assert "SamePadding" in kinds(trace(model, ["conv"]))
+    assert "SamePadding" in kinds(trace(model, [SamePadding]))
+    model.conv.register_forward_hook(lambda *_: None)
+    assert "SamePadding" in kinds(trace(model))
+
+
+def test_shapes_of_parameters_and_buffers_are_known_while_tracing() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        assert m.conv1.weight.dim() == m.conv1.weight.ndim == 4
+        assert m.conv1.weight.size(0) == m.bn1.running_mean.size()[0] == m.bn1.bias.numel() == 8
+        return x * m.bn1.running_mean.view(1, m.conv1.weight.shape[0], 1, 1)
+
+    assert kinds(trace(model_of("Shapes", forward)()))[-3:] == ["view", "mul", "output"]
