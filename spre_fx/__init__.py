@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from spre_fx.errors import (
+    FileError,
     InvariantError,
     ModelError,
     OptionError,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from spre_fx.costs import cost
     from spre_fx.criteria import SNIP, Criterion, GraSP, Taylor, update_taps
     from spre_fx.dynamics import MaskDynamics
+    from spre_fx.file_ledger import SavedFile
+    from spre_fx.files import load, save
     from spre_fx.granet import GraNet
     from spre_fx.inspection import SiteInfo, State, sites
     from spre_fx.lbc import LBC
@@ -54,6 +57,7 @@ __all__ = [
     "Diff",
     "EveryK",
     "EveryStep",
+    "FileError",
     "Freeze",
     "GraNet",
     "GraSP",
@@ -65,6 +69,7 @@ __all__ = [
     "Pattern",
     "PatternError",
     "RigL",
+    "SavedFile",
     "Schedule",
     "SiteInfo",
     "SpreError",
@@ -76,8 +81,10 @@ __all__ = [
     "cost",
     "diff",
     "finalize",
+    "load",
     "plot_spatial_sparsity",
     "prepare",
+    "save",
     "sites",
     "update_taps",
 ]
@@ -101,6 +108,7 @@ _HOME = {
     "RigL": "unstructured",
     "SNIP": "criteria",
     "SRSTE": "methods",
+    "SavedFile": "file_ledger",
     "Schedule": "schedules",
     "SiteInfo": "inspection",
     "State": "inspection",
@@ -109,8 +117,10 @@ _HOME = {
     "cost": "costs",
     "diff": "comparison",
     "finalize": "api",
+    "load": "files",
     "plot_spatial_sparsity": "plots",
     "prepare": "api",
+    "save": "files",
     "sites": "inspection",
     "update_taps": "criteria",
 }
