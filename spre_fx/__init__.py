@@ -25,6 +25,7 @@ from spre_fx.errors import (
 from spre_fx.patterns import Pattern
 
 if TYPE_CHECKING:
+    from spre_fx.adoption import adopt
     from spre_fx.api import finalize, prepare
     from spre_fx.comparison import Diff, diff
     from spre_fx.cost_report import Cost
@@ -78,6 +79,7 @@ __all__ = [
     "TraceError",
     "UnstructuredMethod",
     "VerificationError",
+    "adopt",
     "cost",
     "diff",
     "finalize",
@@ -114,6 +116,7 @@ _HOME = {
     "State": "inspection",
     "Taylor": "criteria",
     "UnstructuredMethod": "unstructured",
+    "adopt": "adoption",
     "cost": "costs",
     "diff": "comparison",
     "finalize": "api",

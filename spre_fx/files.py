@@ -2,8 +2,9 @@
 
 The file is a safetensors file, which is made for this: tensors at checked offsets, read without
 running or unpickling anything. N:M weights lie in it as values and positions (`packing`), other
-tensors as they are. Its metadata holds the format, its version, and a description of the model in
-JSON (`model_data`): the graph, the layers, the records, and a SHA-256 of every tensor.
+tensors as they are. Its metadata has one entry, `spre_fx`: the version of the format, a SHA-256 of
+the rest, and a description of the model in JSON (`model_data`): the graph, the layers, the records,
+and a SHA-256 of every tensor. The same model gives the same bytes.
 
 Why not torch.export's own file: a `.pt2` stores dense weights and pickled example inputs, is bound
 to the operators of the torch that wrote it, and loads as a program of ATen calls in which `sites`,
@@ -17,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,8 +40,8 @@ from spre_fx.patterns import Pattern
 if TYPE_CHECKING:
     from torch import nn
 
-_FORMAT = "spre_fx"
-_VERSION = 1
+_ENTRY = "spre_fx"  # one alone: safetensors writes several in any order
+_VERSION = "1"
 _OTHER_KINDS = {
     b"PK": "a zip archive, as torch.save and torch.export.save write: torch.load reads the one, "
     "torch.export.load the other",
@@ -104,14 +106,14 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
         raise FileError(f"{file}: expected a file that spre_fx.save wrote, found none.")
     try:
         with safetensors.safe_open(file, framework="pt") as content:
-            description = _description(file, content.metadata())
+            description = _description(file, content.metadata() or {})
             parts = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise FileError(f"{file}: {_foreign(file, error)}") from error
     _check_parts(file, description, parts)
     try:
         tensors = _tensors(description["tensors"], parts)
-        return model_from(description, {name: t.to(device) for name, t in tensors.items()})
+        model = model_from(description, tensors)
     except (FileError, PatternError) as error:
         raise FileError(
             f"{file}: expected a deployed model, found {error}. The file was written by other "
@@ -123,6 +125,7 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
             f"followed ({type(error).__name__}: {error}). The file was written by other hands than "
             "spre_fx.save."
         ) from error
+    return model.to(device)
 
 
 # What a description that makes no sense can lead to, in Python and in torch.
@@ -204,34 +207,33 @@ def _line(name: str, stored: StoredTensor, sizes: list[int]) -> LedgerLine:
 
 def _serialise(description: Data, parts: dict[str, Tensor]) -> bytes:
     text = json.dumps(description, separators=(",", ":"), allow_nan=False)
-    metadata = {
-        "format": _FORMAT,
-        "version": str(_VERSION),
-        "description": text,
-        "sha256": hashlib.sha256(text.encode()).hexdigest(),
-    }
+    metadata = {_ENTRY: f"{_VERSION} {_digest_of_text(text)} {text}"}
     content: bytes = safetensors.torch.save(parts, metadata)
     return content
+
+
+def _digest_of_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _digest(part: Tensor) -> str:
     return hashlib.sha256(part.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-def _description(file: Path, metadata: dict[str, str] | None) -> Data:
-    found = metadata or {}
-    if found.get("format") != _FORMAT:
+def _description(file: Path, metadata: Mapping[str, str]) -> Data:
+    if _ENTRY not in metadata:
         raise FileError(
             f"{file}: expected a file that spre_fx.save wrote, found a safetensors file of another "
-            f"kind (format {found.get('format')!r}), or a damaged one."
+            f"kind, or a damaged one: its metadata is called {sorted(metadata)}."
         )
-    text = found.get("description", "")
-    if found.get("version") != str(_VERSION):
+    version, _, rest = metadata[_ENTRY].partition(" ")
+    digest, _, text = rest.partition(" ")
+    if version != _VERSION:
         raise FileError(
-            f"{file}: expected version {_VERSION} of the format, found version "
-            f"{found.get('version')!r}. Load it with the spre_fx that wrote it, or a newer one."
+            f"{file}: expected version {_VERSION} of the format, found version {version[:20]!r}. "
+            "Load it with the spre_fx that wrote it, or a newer one."
         )
-    if hashlib.sha256(text.encode()).hexdigest() != found.get("sha256"):
+    if _digest_of_text(text) != digest:
         raise _damaged(file, "the description of the model")
     try:
         return json.loads(text)

@@ -48,13 +48,14 @@ def model_data(model: GraphModule) -> tuple[Data, dict[str, StoredTensor]]:
     Raises:
         ModelError: Naming the node or module that a file cannot hold.
     """
+    graph = graph_data(model.graph)
+    _check_names(model)
     called = {str(n.target) for n in model.graph.nodes if n.op == "call_module"}
     modules = list(_modules(model, called))
     names = {name: module for name, module in model.named_modules() if not _same_as(modules, name)}
-    _check_names(model, names)
     data = {
         "name": type(model).__name__,
-        "graph": graph_data(model.graph),
+        "graph": graph,
         "modules": modules,
         "training": [name for name, module in names.items() if module.training],
         "records": {name: dict(r) for name, m in names.items() if (r := records.read(m))},
@@ -100,8 +101,8 @@ def _same_as(modules: list[Data], name: str) -> bool:
     )
 
 
-def _check_names(model: GraphModule, modules: Mapping[str, nn.Module]) -> None:
-    for name, module in modules.items():
+def _check_names(model: GraphModule) -> None:
+    for name, module in model.named_modules():
         for hook in _HOOKS:
             if vars(module).get(hook):
                 raise ModelError(
