@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from spre_fx.inspection import SiteInfo, State, sites
     from spre_fx.lbc import LBC
     from spre_fx.methods import ASP, SRSTE, MaskMethod
+    from spre_fx.onnx_export import OnnxReport, check_onnx, export_onnx
     from spre_fx.permutation import ChannelPermutation
     from spre_fx.plots import plot_spatial_sparsity
     from spre_fx.schedules import CubicRamp, EveryK, EveryStep, Freeze, Schedule
@@ -66,6 +67,7 @@ __all__ = [
     "MaskDynamics",
     "MaskMethod",
     "ModelError",
+    "OnnxReport",
     "OptionError",
     "Pattern",
     "PatternError",
@@ -80,8 +82,10 @@ __all__ = [
     "UnstructuredMethod",
     "VerificationError",
     "adopt",
+    "check_onnx",
     "cost",
     "diff",
+    "export_onnx",
     "finalize",
     "load",
     "plot_spatial_sparsity",
@@ -107,6 +111,7 @@ _HOME = {
     "LBC": "lbc",
     "MaskDynamics": "dynamics",
     "MaskMethod": "methods",
+    "OnnxReport": "onnx_export",
     "RigL": "unstructured",
     "SNIP": "criteria",
     "SRSTE": "methods",
@@ -117,8 +122,10 @@ _HOME = {
     "Taylor": "criteria",
     "UnstructuredMethod": "unstructured",
     "adopt": "adoption",
+    "check_onnx": "onnx_export",
     "cost": "costs",
     "diff": "comparison",
+    "export_onnx": "onnx_export",
     "finalize": "api",
     "load": "files",
     "plot_spatial_sparsity": "plots",
