@@ -125,6 +125,7 @@ def modules() -> dict[str, type[nn.Module]]:
         for name, kind in vars(nn).items()
         if isinstance(kind, type)
         and issubclass(kind, nn.Module)
+        and kind is not nn.Module
         and kind.__module__.startswith("torch.nn.modules.")
         and not issubclass(kind, _NO_MODULES)
     }

@@ -117,6 +117,14 @@ print([site.state.value for site in spre_fx.sites(loaded)])
     assert result.stdout.strip() == str(["deployed N:M"] * 4)
 
 
+def test_a_file_of_version_1_is_read_by_every_later_one():
+    """Written by torch 2.15; other versions read it, and compute the same but for rounding."""
+    model = spre_fx.load(Path(__file__).parent / "data" / "version1.safetensors")
+    x = torch.linspace(-1, 1, 2 * 8 * 6 * 6).view(2, 8, 6, 6)
+    assert torch.allclose(model(x), model.expected, rtol=1e-5, atol=1e-5)
+    assert [site.pattern for site in spre_fx.sites(model)] == ["1:4"] * 4
+
+
 def test_types_strides_modes_ties_and_grads_survive(tmp_path):
     model = chain(
         conv=nn.Conv2d(16, 8, 3, bias=False).bfloat16().to(memory_format=torch.channels_last),
