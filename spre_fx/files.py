@@ -135,6 +135,7 @@ _MALFORMED = (
     AttributeError,
     LookupError,
     RuntimeError,
+    SyntaxError,
     TypeError,
     ValueError,
 )

@@ -130,6 +130,9 @@ def graph_from(data: Data) -> Graph:
             called = function
         keywords = {key: value_from(value, nodes) for key, value in kwargs.items()}
         nodes.append(graph.create_node(op, called, arguments, keywords, name))
+    inputs = [node.target for node in nodes if node.op == "placeholder"]
+    if len(inputs) != len(set(inputs)) or "self" in inputs:
+        raise FileError(f"a graph with inputs {inputs}, not each of a name of its own")
     if not nodes or nodes[-1].op != "output" or sum(node.op == "output" for node in nodes) != 1:
         raise FileError("a graph whose output is not its last node")
     graph.lint()

@@ -28,10 +28,11 @@ _NAMESPACES: dict[str, ModuleType] = {
     "torch.fft": torch.fft,
     "torch.special": torch.special,
 }
-# Take no tensor, or pass on to another function: torch.overrides does not list them.
+# Take no tensor, or pass on to another function: torch.overrides does not list them. _assert is
+# what torch.fx makes of an assert on a shape.
 _MORE: dict[str, str] = {
-    "torch": "arange empty eye full linspace ones scalar_tensor tensor tril_indices triu_indices "
-    "zeros",
+    "torch": "_assert arange empty eye full linspace ones scalar_tensor tensor tril_indices "
+    "triu_indices zeros",
     "torch.nn.functional": "hardswish relu_ sigmoid softsign tanh tanhshrink upsample",
 }
 _PYTHON: dict[ModuleType, str] = {
@@ -53,9 +54,11 @@ _TORCHVISION = (
 _ATTRIBUTES = {"H", "T", "device", "dtype", "imag", "is_cuda", "layout", "mH", "mT", "ndim", "real"}
 _ATTRIBUTES |= {"itemsize", "nbytes", "requires_grad", "shape"}
 # Of Tensor's public methods: those that hand out memory, take a callable or reach into autograd.
-_NO_METHODS = {"apply_", "backward", "data_ptr", "map_", "map2_", "module_load", "numpy"}
-_NO_METHODS |= {"register_hook", "register_post_accumulate_grad_hook", "resize_", "resize_as_"}
-_NO_METHODS |= {"set_", "share_memory_", "storage", "tolist", "untyped_storage"}
+_NO_METHODS = {"apply_", "backward", "const_data_ptr", "data_ptr", "map_", "map2_", "module_load"}
+_NO_METHODS |= {"numpy", "pin_memory", "record_stream", "register_hook", "resize", "resize_"}
+_NO_METHODS |= {"register_post_accumulate_grad_hook", "resize_as", "resize_as_", "set_"}
+_NO_METHODS |= {"resize_as_sparse_", "share_memory_", "sparse_resize_", "storage", "tolist"}
+_NO_METHODS |= {"sparse_resize_and_clear_", "untyped_storage"}
 _NO_MODULES = (
     *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict),
     # Their size is a number of layers, which a file could declare at will.

@@ -15,7 +15,15 @@ from torch.fx import GraphModule
 
 from spre_fx import records
 from spre_fx.errors import FileError, ModelError
-from spre_fx.graph_data import Data, graph_data, graph_from, is_name, is_path
+from spre_fx.graph_data import (
+    Data,
+    graph_data,
+    graph_from,
+    is_name,
+    is_path,
+    value_data,
+    value_from,
+)
 from spre_fx.module_data import module_data, new_module
 
 _HOOKS = (
@@ -25,6 +33,7 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_state_dict_hooks",
 )
+_TEXTS = ("pattern", "reason", "note", "backend")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +67,18 @@ def model_data(model: GraphModule) -> tuple[Data, dict[str, StoredTensor]]:
         "graph": graph,
         "modules": modules,
         "training": [name for name, module in names.items() if module.training],
-        "records": {name: dict(r) for name, m in names.items() if (r := records.read(m))},
+        "records": {name: _record(name, r) for name, m in names.items() if (r := records.read(m))},
     }
     return data, _tensors(names)
+
+
+def _record(name: str, record: records.Record) -> Data:
+    try:
+        return value_data(dict(record))
+    except FileError as error:
+        raise ModelError(
+            f"{name}: expected a record of text and numbers, found {error} in {record}."
+        ) from error
 
 
 def _modules(model: GraphModule, called: set[str]) -> Iterator[Data]:
@@ -87,10 +105,12 @@ def _layer(name: str, module: nn.Module, called: set[str]) -> Data:
     except FileError as error:
         if name not in called:
             return None  # never runs: its tensors are all there is to keep
+        way_out = "Keep the model's state_dict and its source, or try torch.export."
+        if type(module).__module__.partition(".")[0] == "spre_fx":
+            way_out = "Save what finalize makes with backend='dense'."
         raise ModelError(
             f"{name}: expected a layer of torch.nn, found {error}. A file loads without the "
-            "model's source, so it can't hold that. Keep the model's state_dict and its source, "
-            "or try torch.export."
+            f"model's source, so it can't hold that. {way_out}"
         ) from error
 
 
@@ -165,9 +185,10 @@ def model_from(data: Data, tensors: Mapping[str, Tensor]) -> GraphModule:
     training = set(data["training"])
     for name, module in model.named_modules():
         module.training = name in training
-    for name, record in data["records"].items():
-        if not all(isinstance(text, str) for text in (*record, *record.values())):
-            raise FileError(f"{name}: a record that is not text")
+    for name, written in data["records"].items():
+        record = value_from(written)
+        if any(not isinstance(record.get(key, ""), str) for key in _TEXTS):
+            raise FileError(f"{name}: a record {record}, which is not text")
         records.write(model.get_submodule(name), record)
     return model
 

@@ -227,8 +227,9 @@ def _weighted_nodes(graph: Any) -> Iterator[WeightedNode]:
             weight, dtype = constants.weight(node.input[1])
             if weight is not None:
                 weight = _output_channels_first(node, weight)
-            name = next((c for c in node.input[1:2] if weight is not None), node.name)
-            yield WeightedNode(name.removesuffix(".weight"), node.op_type, weight, dtype)
+            layer, _, leaf = node.input[1].rpartition(".")
+            name = layer if leaf == "weight" else node.name or node.output[0]
+            yield WeightedNode(name, node.op_type, weight, dtype)
 
 
 def _output_channels_first(node: Any, weight: np.ndarray) -> np.ndarray | None:

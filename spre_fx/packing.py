@@ -21,7 +21,7 @@ from spre_fx.errors import PatternError
 from spre_fx.patterns import Pattern
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_LARGEST_M = 2**16  # bounds what unpacking a small file may allocate
+_LARGEST_M = 256  # bounds what unpacking a small file may allocate
 
 
 @dataclass(frozen=True, eq=False)

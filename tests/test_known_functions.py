@@ -43,7 +43,7 @@ def test_every_name_leads_to_its_function_and_is_public():
     assert len(known) > 500
     for name, function in known.items():
         assert known_functions.function_of(known_functions.name_of(function)) is function
-        assert not name.rpartition(".")[2].startswith("_")
+        assert not name.rpartition(".")[2].startswith("_") or name == "torch._assert"
         assert not isinstance(function, type) or function.__module__ == "builtins"
 
 

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from spre_fx import FileError, ModelError, records
 from spre_fx.model_data import model_data, model_from
+from spre_fx.modules import SpReConv2d
 from spre_fx.passes import trace
 
 
@@ -67,12 +68,36 @@ def test_layers_in_use_must_be_known_and_others_need_not():
     assert type(back.own) is nn.Module
 
 
+def test_records_of_text_and_numbers():
+    model = trace(chain(conv=nn.Conv2d(8, 8, 1)))
+    records.write(model.conv, {"note": "x", "times": (0.5, 1), "none": None})
+    back = model_from(*described(model))
+    assert records.read(back.conv) == records.read(model.conv)
+    records.write(model.conv, {"note": "x", "when": object()})
+    with pytest.raises(
+        ModelError, match=r"conv: expected a record of text and numbers, found a value"
+    ):
+        model_data(model)
+
+
+def test_a_layer_of_a_backend_says_how_to_do_without():
+    model = trace(chain(conv=nn.Conv2d(8, 8, 1)))
+    model.conv = SpReConv2d(8, 8, 1)  # a layer of this library's own, for want of a sparse one
+    with pytest.raises(
+        ModelError, match=r"conv: .* Save what finalize makes with backend='dense'\."
+    ):
+        model_data(model)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda d: d.update(name="a b"), r"a model called 'a b'"),
         (lambda d: d["modules"].append(["x y'", None]), r"a module called \"x y'\""),
-        (lambda d: d["records"].update(fc={"note": ["x"]}), r"fc: a record that is not text"),
+        (
+            lambda d: d["records"].update(fc={"dict": [["note", ["x"]]]}),
+            r"fc: a record \{'note': \['x'\]\}, which is not text",
+        ),
         (
             lambda d: d["modules"].append(["z", {"type": "PReLU", "options": {}}]),
             r"no values for z\.w",

@@ -89,18 +89,21 @@ assert "torch" not in sys.modules and "spre_fx" not in sys.modules
 def test_openvino_converts_and_runs_it(exported):
     openvino = pytest.importorskip("openvino")
     deployed, path, _ = exported
-    compiled = openvino.Core().compile_model(openvino.convert_model(str(path)), "CPU")
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}  # some processors would take bfloat16
+    compiled = openvino.Core().compile_model(openvino.convert_model(str(path)), "CPU", exact)
     for batch in (1, 4):
         x = torch.randn(batch, 8, 6, 6)
         expected = deployed(x).detach()
         difference = torch.from_numpy(compiled(x.numpy())[0]) - expected
-        assert difference.abs().max() < 1e-4 * expected.abs().max()
+        assert difference.abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_several_outputs_functional_calls_and_what_training_left(tmp_path):
-    for model in (TwoHeads(), DropPath()):
-        report = spre_fx.export_onnx(deploy(model), tmp_path / "m.onnx", torch.randn(2, 8, 6, 6))
+    for model, opset in ((TwoHeads(), 18), (DropPath(), 20)):
+        x, path = torch.randn(2, 8, 6, 6), tmp_path / "m.onnx"
+        report = spre_fx.export_onnx(deploy(model), path, x, opset=opset)
         assert report.difference < 1e-5
+        assert report.opset == opset
 
 
 def test_the_report_and_the_checker_say_the_same(exported):
@@ -156,7 +159,8 @@ def test_a_quantised_weight_is_read_behind_its_scale(tmp_path):
     weights = {"w": stored, "s": np.ones(4, np.float32), "z": zero}
     graph_with(nodes, weights, tmp_path / "q.onnx")
     (verdict,) = spre_fx.check_onnx(tmp_path / "q.onnx").verdicts
-    assert (verdict.shape, verdict.zeros, verdict.dtype) == ((4, 8), 0.75, "int8")
+    assert (verdict.name, verdict.shape) == ("head", (4, 8))
+    assert (verdict.zeros, verdict.dtype) == (0.75, "int8")
     assert verdict.tensorrt is None
     assert verdict.openvino == "4 is no multiple of 64"
 
