@@ -60,12 +60,11 @@ def model_data(model: GraphModule) -> tuple[Data, dict[str, StoredTensor]]:
     graph = graph_data(model.graph)
     _check_names(model)
     called = {str(n.target) for n in model.graph.nodes if n.op == "call_module"}
-    modules = list(_modules(model, called))
-    names = {name: module for name, module in model.named_modules() if not _same_as(modules, name)}
+    names = dict(model.named_modules())  # each module once, under its first name
     data = {
         "name": type(model).__name__,
         "graph": graph,
-        "modules": modules,
+        "modules": list(_modules(model, called)),
         "training": [name for name, module in names.items() if module.training],
         "records": {name: _record(name, r) for name, m in names.items() if (r := records.read(m))},
     }
@@ -84,18 +83,18 @@ def _record(name: str, record: records.Record) -> Data:
 def _modules(model: GraphModule, called: set[str]) -> Iterator[Data]:
     """Each module as `[name, data]`: a layer, None for one that only holds others, or an alias."""
     first: dict[int, str] = {}
-    whole: tuple[str, ...] = ()  # modules whose insides come with them
+    whole: str | None = None  # the last module whose insides, which follow it, come with it
     for name, module in model.named_modules(remove_duplicate=False):
-        if not name or any(name.startswith(prefix + ".") for prefix in whole):
+        if not name or (whole is not None and name.startswith(whole + ".")):
             continue
         if id(module) in first:
-            whole += (name,)
+            whole = name
             yield [name, {"same": first[id(module)]}]
             continue
         first[id(module)] = name
         layer = _layer(name, module, called)
         if layer is not None:
-            whole += (name,)
+            whole = name
         yield [name, layer]
 
 
@@ -112,13 +111,6 @@ def _layer(name: str, module: nn.Module, called: set[str]) -> Data:
             f"{name}: expected a layer of torch.nn, found {error}. A file loads without the "
             f"model's source, so it can't hold that. {way_out}"
         ) from error
-
-
-def _same_as(modules: list[Data], name: str) -> bool:
-    return any(
-        layer is not None and "same" in layer and (name == other or name.startswith(other + "."))
-        for other, layer in modules
-    )
 
 
 def _check_names(model: GraphModule) -> None:
