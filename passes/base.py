@@ -42,6 +42,7 @@ class Reason(str, Enum):
     NOT_SPARSE = "not sparse"
     ONE_GROUP = "nothing to exchange between groups"
     OPAQUE = "inside a module kept whole"
+    OUTSIDE = "called from code without a graph"
     OTHER_USERS = "output has other users"
     PARAMETRISED = "parametrised weight"
     REFUSED = "refused by the backend"
@@ -105,16 +106,17 @@ class Pass(ABC):
         Raises:
             InvariantError: If the graph breaks a rule before or after the rewrite.
         """
-        return self.run_in_place(copy.deepcopy(graph_module))
+        result = self.run_in_place(copy.deepcopy(graph_module))
+        result.graph_module.recompile()
+        return result
 
     def run_in_place(self, graph_module: GraphModule) -> PassResult:
-        """Rewrite `graph_module` itself. For pipelines, which copy once for all their passes."""
+        """Rewrite `graph_module` itself. For pipelines, which copy and recompile once for all."""
         candidates = GraphView(graph_module).candidates
         self.requires(graph_module)
         account = self.rewrite(graph_module)
         self._check_account(account, set(candidates))
         graph_module.graph.lint()
-        graph_module.recompile()
         self.ensures(graph_module)
         return PassResult(graph_module, account)
 

@@ -2,10 +2,60 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+
+from spre_fx.errors import ModelError
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy, with the hooks that copy.deepcopy drops from GraphModules.
+
+    Raises:
+        ModelError: If the model cannot be copied.
+    """
+    try:
+        copied = copy.deepcopy(model, _detached(model))
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__}: expected a model that copy.deepcopy can copy, found: {error} "
+            "The input model is never modified, so a copy is needed."
+        ) from error
+    for ours, theirs in zip(copied.modules(), model.modules(), strict=True):
+        if isinstance(theirs, GraphModule):
+            carry_hooks(theirs, ours)
+    return copied
+
+
+def _detached(model: nn.Module) -> dict[int, Any]:
+    """What to copy of results that a forward left in attributes, which torch does not copy."""
+    values = [value for module in model.modules() for value in vars(module).values()]
+    results = [v for v in values if isinstance(v, Tensor) and not v.is_leaf]
+    return {id(result): result.detach().clone() for result in results}
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks run when `module` is called."""
+    return any(getattr(module, attribute) for attribute in _HOOKS)
+
+
+def carry_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Have the hooks that run when `source` is called run for `target` too."""
+    for attribute in (*_HOOKS, *_HOOK_OPTIONS):
+        setattr(target, attribute, copy.copy(getattr(source, attribute)))
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_HOOK_OPTIONS = (
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_is_full_backward_hook",
+)
 
 
 def add_module(root: nn.Module, name: str, module: nn.Module) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from spre_fx import records
 from spre_fx.modules import Layer, NMLayer, SpReConv
 
 _FUNCTIONAL = {
@@ -86,20 +87,46 @@ class GraphView:
         return owners
 
     @cached_property
+    def readers(self) -> dict[int, list[str]]:
+        """The names of the nodes that read each parameter or buffer by themselves, by its id."""
+        readers = defaultdict(list)
+        for node in self.graph_module.graph.nodes:
+            if node.op == "get_attr":
+                parent, _, leaf = str(node.target).rpartition(".")
+                readers[id(getattr(self.modules[parent], leaf))].append(node.name)
+        return readers
+
+    def shared(self, module: nn.Module) -> str | None:
+        """What else uses a parameter of `module`, in words; None where nothing does."""
+        for name, parameter in module.named_parameters(recurse=False):
+            owners, readers = self.owners[id(parameter)], self.readers[id(parameter)]
+            if len(owners) > 1:
+                return f"its {name} is shared by {', '.join(owners)}"
+            if readers:
+                return f"its {name} is also read by {', '.join(readers)}"
+        return records.read(module).get("shared")
+
+    @cached_property
     def candidates(self) -> dict[str, Candidate]:
-        """Every conv and linear, module or functional call, by name. SpRe branches are no sites."""
+        """Every conv and linear, module or functional call, by name. SpRe branches are no sites.
+
+        Those in a part with a graph of its own belong to that graph.
+        """
         found = {}
         for name, module in self.graph_module.named_modules():
             if isinstance(module, Layer) and not isinstance(module, SpReConv):
                 calls = tuple(self.calls.get(id(module), ()))
-                found[name] = Candidate(name, module, calls, self._enclosing_leaf(name))
+                inside = self.enclosing_leaf(name)
+                if inside is None or not _is_divided(self.modules[inside]):
+                    found[name] = Candidate(name, module, calls, inside)
         for node in self.graph_module.graph.nodes:
             if node.op == "call_function" and node.target in _FUNCTIONAL:
                 name = f"{node.name} (function)" if node.name in found else node.name
                 found[name] = Candidate(name, None, (node,), None)
         return found
 
-    def _enclosing_leaf(self, name: str) -> str | None:
+    def enclosing_leaf(self, name: str) -> str | None:
+        """The name of the module, a single node of the graph, that a module is inside of."""
         parts = name.split(".")
         parents = (".".join(parts[:end]) for end in range(1, len(parts)))
         return next((p for p in parents if id(self.modules[p]) in self.calls), None)
@@ -122,6 +149,11 @@ class GraphView:
         if isinstance(module, NMLayer) and module.live_taps is not None:
             return next(user for user in self.users(conv) if is_item(user, 0))
         return conv
+
+
+def _is_divided(module: nn.Module) -> bool:
+    """Whether a node calls a module that has a graph, or parts with graphs, of its own."""
+    return isinstance(module, GraphModule) or bool(records.read(module).get("divided"))
 
 
 def is_item(node: Node, index: int) -> bool:

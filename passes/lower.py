@@ -17,7 +17,7 @@ from spre_fx.patterns import Pattern
 
 @dataclass(frozen=True)
 class Lower(Pass):
-    """Hand every folded N:M layer to the backend.
+    """Hand every folded N:M layer to the backend. One of a flat pattern stays a dense op.
 
     Attributes:
         backend: What to lower to.
@@ -43,7 +43,12 @@ class Lower(Pass):
         if "backend" in record:
             detail = f"{candidate.name}: is lowered to {record['backend']}"
             return Skip(Reason.ALREADY_DONE, detail)
-        lowered = self.backend.lower(candidate.module, Pattern.parse(record["pattern"]))
+        pattern = Pattern.parse(record["pattern"])
+        if pattern.flat:
+            detail = f"groups of {pattern} straddle filters, which no sparse op can take"
+            records.write(candidate.module, record | records.Record(note=f"not lowered: {detail}"))
+            return Skip(Reason.REFUSED, f"{candidate.name}: {detail}")
+        lowered = self.backend.lower(candidate.module, pattern)
         if isinstance(lowered, str):
             return Skip(Reason.REFUSED, f"{candidate.name}: {lowered}")
         choice = records.Record(backend=self.backend.name, note=lowered.why)

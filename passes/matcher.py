@@ -185,11 +185,8 @@ def _bn_called_twice(view: GraphView, candidate: Candidate) -> str | None:
 
 def _bn_shares_parameters(view: GraphView, candidate: Candidate) -> str | None:
     bn, module = _bn(view, candidate)
-    for name, parameter in module.named_parameters(recurse=False):
-        owners = view.owners[id(parameter)]
-        if len(owners) > 1:
-            return f"is followed by {bn.target}, whose {name} is shared by {', '.join(owners)}"
-    return None
+    shared = view.shared(module)
+    return None if shared is None else f"is followed by {bn.target}: {shared}"
 
 
 def _bn_no_statistics(view: GraphView, candidate: Candidate) -> str | None:

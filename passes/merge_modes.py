@@ -88,8 +88,7 @@ class _Merge:
             if late:
                 raise TraceError(
                     f"{type(self.root).__name__}: expected training and evaluation to run layers "
-                    f"in the same order, found {', '.join(late)} later in one than in the other. "
-                    "Keep the module that holds them whole with `exclude`."
+                    f"in the same order, found {', '.join(late)} later in one than in the other."
                 )
             seen.add(node)
 
@@ -167,8 +166,8 @@ class _Merge:
         if node.op == "call_module" and _has_buffers(self.root, node):
             raise TraceError(
                 f"{node.target}: expected training and evaluation to run it as often, found a call "
-                "that only evaluation makes. Its buffers would change in training. Keep the module "
-                "that holds it whole with `exclude`."
+                "that only evaluation makes. Its buffers would change in training.",
+                _owner(node),
             )
         inputs = [self.counterpart[producer] for producer in node.all_input_nodes]
         if _may_be_view_of(node, set(self.counterpart) - self.adopted):
@@ -182,7 +181,8 @@ class _Merge:
             raise TraceError(
                 f"{_owner(node) or type(self.root).__name__}: expected training and evaluation to "
                 f"differ in values, found {node.name}, which changes one in place in one mode "
-                "alone. Write that operation out of place, or keep the module whole with `exclude`."
+                "alone. Write that operation out of place.",
+                _owner(node),
             )
 
 

@@ -119,7 +119,7 @@ class _Taker:
     def consumer(self, atoms: Atoms) -> Consumer | None:
         """What a search needs to know, None where no exchange of these could change a mask."""
         positions = {atom: place for place, atom in enumerate(self.atoms)}
-        if self.spread or len(positions) < len(self.atoms):
+        if self.pattern.flat or self.spread or len(positions) < len(self.atoms):
             return None
         slots = torch.tensor([positions[atom] for atom in atoms], device=self.layer.weight.device)
         groups, channels = getattr(self.layer, "groups", 1), self.layer.weight.shape[1]
@@ -139,6 +139,9 @@ class _Taker:
         if self.movable:
             detail = "no exchange of its input channels was found to keep more magnitude"
             return Skip(Reason.BEST_ORDER, f"{self.name}: {detail}")
+        if self.pattern.flat:
+            detail = "depthwise, its channels follow the order that other layers choose"
+            return Skip(Reason.DEPTHWISE, f"{self.name}: {detail}")
         if self.spread:
             times = len(self.atoms) // len(self.present)
             detail = f"each channel spans {times} of its features, and moves them together"

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from spre_fx.backends import Backend
 from spre_fx.criteria import Criterion
 from spre_fx.methods import MaskMethod
+from spre_fx.modules import MaskSchedule
 from spre_fx.passes.base import Account, Pass
 from spre_fx.passes.duplicate_branches import DuplicateBranches
 from spre_fx.passes.fold_branches import FoldBranches
@@ -44,6 +45,7 @@ class Pipeline:
             result = each.run_in_place(graph_module)
             graph_module = result.graph_module
             accounts.append(result.account)
+        graph_module.recompile()
         return graph_module, accounts
 
 
@@ -55,6 +57,7 @@ def training_pipeline(
     branch: BranchKind | None,
     gamma: float,
     criterion: Criterion | None = None,
+    clock: MaskSchedule | None = None,
 ) -> Pipeline:
     """Dense graph -> training graph."""
     if isinstance(method, UnstructuredMethod):
@@ -62,9 +65,10 @@ def training_pipeline(
     search = method.permutation
     permute = () if search is None else (PermuteChannels(policy, search),)
     if branch is None:
-        return Pipeline((*permute, WireMasks(policy, method, schedule)))
+        return Pipeline((*permute, WireMasks(policy, method, schedule, clock=clock)))
     duplicate = DuplicateBranches(policy, gamma)
-    return Pipeline((*permute, duplicate, WireMasks(policy, method, schedule, branch, criterion)))
+    wire = WireMasks(policy, method, schedule, branch, criterion, clock)
+    return Pipeline((*permute, duplicate, wire))
 
 
 def deployment_pipeline(backend: Backend) -> Pipeline:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from torch import nn
 
@@ -25,29 +26,48 @@ class Policy:
         exclude: Layers to leave dense: names, globs, or module types. A name that is a module with
             layers inside excludes them all.
         overrides: Name or glob -> another pattern, or None for dense. The last match wins.
+        depthwise: "flat": depthwise convs get their pattern over the flat order of weights. None:
+            they stay dense.
+
+    Raises:
+        OptionError: If `depthwise` is neither, or a pattern is flat by itself.
     """
 
     pattern: Pattern
     exclude: tuple[str | type[nn.Module], ...] = ()
     overrides: Mapping[str, Pattern | None] = field(default_factory=dict)
+    depthwise: Literal["flat"] | None = None
 
-    def check(self, view: GraphView) -> None:
-        """Refuse an exclusion or override that no layer of the graph answers to.
+    def __post_init__(self) -> None:
+        if self.depthwise not in (None, "flat"):
+            raise OptionError(f"depthwise={self.depthwise!r}: expected None or 'flat'.")
+        for pattern in (self.pattern, *self.overrides.values()):
+            if pattern is not None and pattern.flat:
+                raise OptionError(
+                    f"pattern={str(pattern)!r}: expected 'N:M', found a flat pattern, which is for "
+                    f"depthwise convs alone: '{pattern.n}:{pattern.m}' and depthwise='flat'."
+                )
+
+    def check(self, *views: GraphView) -> None:
+        """Refuse an exclusion or override that no layer of the graphs answers to.
 
         Raises:
             OptionError: Naming the rule and some of the layers there are.
         """
-        candidates = view.candidates.values()
+        found = [(view, candidate) for view in views for candidate in view.candidates.values()]
+        names = list(dict.fromkeys(candidate.name for _, candidate in found))
         for option, rules in (("exclude", self.exclude), ("overrides", tuple(self.overrides))):
             for rule in rules:
-                if not any(_answers_to(view, candidate, rule) for candidate in candidates):
-                    raise OptionError(_no_match(option, rule, list(view.candidates)))
+                if not any(_answers_to(view, candidate, rule) for view, candidate in found):
+                    raise OptionError(_no_match(option, rule, names))
 
     def pattern_for(self, view: GraphView, candidate: Candidate) -> Pattern | Skip:
         """The pattern of one candidate, or why it stays dense."""
         pattern = self._wanted(view, candidate)
         if isinstance(pattern, Skip):
             return pattern
+        if self.depthwise == "flat" and is_depthwise(candidate.module):
+            pattern = replace(pattern, flat=True)
         for reason, refuse in _PREDICATES:
             detail = refuse(view, candidate, pattern)
             if detail is not None:
@@ -130,24 +150,29 @@ def _already_sparse(_: GraphView, candidate: Candidate, __: Pattern) -> str | No
 
 def _shared_parameter(view: GraphView, candidate: Candidate, _: Pattern) -> str | None:
     assert candidate.module is not None
-    for name, parameter in candidate.module.named_parameters(recurse=False):
-        owners = view.owners[id(parameter)]
-        if len(owners) > 1:
-            return f"its {name} is shared by {', '.join(owners)}"
-    return None
+    return view.shared(candidate.module)
 
 
-def _depthwise(_: GraphView, candidate: Candidate, __: Pattern) -> str | None:
-    module = candidate.module
+def is_depthwise(module: nn.Module | None) -> bool:
+    """Whether a module is a conv each of whose filters sees a single channel of several."""
     groups = getattr(module, "groups", 1)
-    if groups > 1 and groups == getattr(module, "in_channels", None):
-        return f"depthwise, groups={groups} equals C_in={groups}"
-    return None
+    return groups > 1 and groups == getattr(module, "in_channels", None)
+
+
+def _depthwise(_: GraphView, candidate: Candidate, pattern: Pattern) -> str | None:
+    if pattern.flat or not is_depthwise(candidate.module):
+        return None
+    groups = getattr(candidate.module, "groups", 1)
+    return f"depthwise, groups={groups} equals C_in={groups}"
 
 
 def _few_channels(_: GraphView, candidate: Candidate, pattern: Pattern) -> str | None:
     assert candidate.module is not None
-    channels = candidate.module.weight.shape[1]
+    weight = candidate.module.weight
+    if pattern.flat:
+        few = weight.numel() < pattern.m
+        return f"its {weight.numel()} weights are fewer than M={pattern.m}" if few else None
+    channels = weight.shape[1]
     if channels >= pattern.m:
         return None
     return f"C_in/groups={channels} is less than M={pattern.m}"

@@ -1,32 +1,41 @@
 """Traces a model into a GraphModule that is right in training and in evaluation.
 
-A `torch.fx` trace fixes every `self.training` at its value during the trace. The model is therefore
-traced in both modes and the two graphs are merged: a flag that differs becomes a value of the
-graph, and a value that differs goes through a switch. `finalize` takes them out again.
+A `torch.fx` trace fixes every `self.training` at its value during the trace. A model whose code
+looks at it is therefore traced in both modes and the two graphs are merged: a flag that differs
+becomes a value of the graph, and a value that differs goes through a switch. `finalize` takes them
+out again.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import os
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.fx import Tracer as FxTracer
 
 from spre_fx.batch_norm import is_batch_norm
-from spre_fx.errors import ModelError, TraceError
+from spre_fx.errors import TraceError
 from spre_fx.modules import (
     MaskSchedule,
     NMLayer,
     SpReConv,
     TrainingFlag,
     TrainingSwitch,
+)
+from spre_fx.passes.edit import copy_model
+from spre_fx.passes.lost_in_trace import (
+    Attributes,
+    context,
+    do_the_same,
+    optional_arguments,
 )
 from spre_fx.passes.merge_modes import merge_modes
 
@@ -54,6 +63,24 @@ class Tracer(FxTracer):
         self._names = [leaf for leaf in leaves if isinstance(leaf, str)]
         self._types = tuple(leaf for leaf in leaves if isinstance(leaf, type))
         self.path = ""
+        self.asked_for_mode = False
+        self._context = context()
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """As usual, taking note of code that looks at `training`."""
+        if attr == "training":
+            self.asked_for_mode = True
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        """As usual, unless the operation runs in a context that the graph would not show."""
+        if context() != self._context:
+            raise RuntimeError(
+                "it runs under torch.no_grad(), autocast, activation checkpointing or the like, "
+                "which a graph does not hold"
+            )
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether `m` stays one node."""
@@ -89,46 +116,113 @@ def trace(model: nn.Module, leaves: Sequence[str | type[nn.Module]] = ()) -> Gra
         TraceError: If `torch.fx` cannot follow the forward; it names the module and the line.
         ModelError: If the model cannot be copied.
     """
-    root = _copy(model)
+    return trace_in_place(copy_model(model), leaves)
+
+
+def trace_in_place(root: nn.Module, leaves: Sequence[str | type[nn.Module]] = ()) -> GraphModule:
+    """Trace a model that need not be copied: the result holds its very modules.
+
+    Args:
+        root: The model. After an error it is as it was.
+        leaves: Modules to keep whole: names, globs or types.
+
+    Raises:
+        TraceError: If `torch.fx` cannot follow the forward; it names the module and the line.
+    """
     modes = {module: module.training for module in root.modules()}
-    training = _trace_graph(root.train(), leaves)
-    evaluation = _trace_graph(root.eval(), leaves)
-    merge_modes(root, training, evaluation, modes)
-    graph_module = GraphModule(root, training, type(model).__name__)
+    modules, attributes = set(modes), set(vars(root))
+    try:
+        training, depends_on_mode = _trace_mode(root.train(), leaves)
+        if depends_on_mode:
+            evaluation, _ = _trace_mode(root.eval(), leaves)
+            merge_modes(root, training, evaluation, modes)
+    except TraceError:
+        _remove_what_is_new(root, modules, attributes)
+        raise
+    finally:
+        for module in root.modules():
+            module.training = modes[module]
+    graph_module = GraphModule(root, training, type(root).__name__)
     for name, module in graph_module.named_modules():
-        module.training = modes[root.get_submodule(name)]
+        module.training = root.get_submodule(name).training
     return graph_module
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise ModelError(
-            f"{type(model).__name__}: expected a model that copy.deepcopy can copy, found: {error} "
-            "The input model is never modified, so a copy is needed."
-        ) from error
+def _remove_what_is_new(root: nn.Module, modules: set[nn.Module], attributes: set[str]) -> None:
+    """Flags and switches, and the constants that torch.fx puts on the model it traces."""
+    for parent in modules:
+        for name, child in list(parent.named_children()):
+            if child not in modules:
+                delattr(parent, name)
+    for name in set(vars(root)) - attributes:
+        delattr(root, name)
 
 
-def _trace_graph(root: nn.Module, leaves: Sequence[str | type[nn.Module]]) -> Graph:
+def _trace_mode(root: nn.Module, leaves: Sequence[str | type[nn.Module]]) -> tuple[Graph, bool]:
+    """The graph in the mode the model is in, and whether it may be another in the other mode."""
     tracer = Tracer(leaves)
-    try:
-        return tracer.trace(root)
-    except Exception as error:
-        where = tracer.path
-        way_out = "Write that line without control flow on tensor values"
-        if where:
-            way_out += f", or keep the module whole with exclude=[{where!r}]: its layers stay dense"
+    graph = _trace_graph(root, tracer, None)
+    optional = optional_arguments(root)
+    if optional and not do_the_same(graph, _trace_graph(root, Tracer(leaves), optional)):
         raise TraceError(
-            f"{where or type(root).__name__}: expected a forward that torch.fx can follow, found "
-            f"at {_line(error)}: {error}. {way_out}."
+            f"{type(root).__name__}: expected a forward that does the same with and without its "
+            f"optional arguments, found one that looks whether {' or '.join(optional)} is None."
+        )
+    return graph, tracer.asked_for_mode or any(map(_has_own_modes, root.modules()))
+
+
+def _trace_graph(root: nn.Module, tracer: Tracer, arguments: dict[str, None] | None) -> Graph:
+    """The graph that `tracer` makes, with some arguments fixed."""
+    attributes = Attributes(root)
+    try:
+        with _hidden_modes(root), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a run without values
+            graph = tracer.trace(root, arguments)
+    except Exception as error:
+        attributes.restore()
+        cause = f"{_line(error)}: {error}"
+        raise TraceError(
+            f"{tracer.path or type(root).__name__}: expected a forward that torch.fx can follow, "
+            f"found at {cause}.",
+            tracer.path,
+            cause,
         ) from error
+    changed = attributes.restore()
+    if changed is not None:
+        module, attribute = changed
+        raise TraceError(
+            f"{module or type(root).__name__}: expected a forward that leaves its module as it is, "
+            f"found one that writes the attribute {attribute!r}.",
+            module,
+        )
+    return graph
+
+
+def _has_own_modes(module: nn.Module) -> bool:
+    """Whether a class does more at `train()` and `eval()` than to set `training`."""
+    kind = type(module)
+    return kind.train is not nn.Module.train or kind.eval is not nn.Module.eval
+
+
+@contextlib.contextmanager
+def _hidden_modes(root: nn.Module) -> Iterator[None]:
+    """Keep `training` where reading it goes through `nn.Module.__getattr__`, and so the tracer."""
+    modes = {module: module.training for module in root.modules()}
+    try:
+        for module, mode in modes.items():
+            del module.__dict__["training"]
+            module._buffers["training"] = mode  # type: ignore[assignment]  # no tensor, but found
+        yield
+    finally:
+        for module, mode in modes.items():
+            module._buffers.pop("training", None)
+            module.training = mode
 
 
 def _line(error: Exception) -> str:
     """The innermost line of the user's own code."""
     frames = traceback.extract_tb(error.__traceback__)
-    not_theirs = (os.path.dirname(torch.__file__), __file__)
+    not_theirs = (os.path.join(os.path.dirname(torch.__file__), ""), __file__)
     theirs = [frame for frame in frames if not frame.filename.startswith(not_theirs)]
     frame = (theirs or frames)[-1]
     return f"{frame.filename}:{frame.lineno} `{frame.line}`"

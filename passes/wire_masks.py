@@ -45,6 +45,7 @@ class WireMasks(Pass):
         schedule: At which training forwards the masks are recomputed.
         branch: How B^S is made: as in Eq. 8, or by one of the ablations of Fig. 5.
         criterion: How B^U is chosen where a user calls `update_taps`; None: by magnitude.
+        clock: What counts the steps of a model of which this graph is only a part.
     """
 
     policy: Policy
@@ -52,6 +53,7 @@ class WireMasks(Pass):
     schedule: Schedule
     branch: BranchKind = "spre"
     criterion: Criterion | None = None
+    clock: MaskSchedule | None = None
 
     def rewrite(self, graph_module: GraphModule) -> Account:
         """Turn layers into their N:M kind and connect the masks."""
@@ -74,7 +76,7 @@ class WireMasks(Pass):
         return Account(tuple(applied), skipped)
 
     def _add_schedule(self, graph_module: GraphModule) -> Node | None:
-        if not self.schedule.counts_steps:
+        if not self.schedule.counts_steps or self.clock is not None:
             return None
         device = next(graph_module.parameters()).device
         schedule = MaskSchedule(self.schedule, self.method).to(device).train(graph_module.training)
@@ -90,6 +92,7 @@ class WireMasks(Pass):
         layer = make_nm(
             candidate.module, pattern, self.method, keep_masks=self.schedule.keeps_masks
         )
+        layer.clock = None if self.clock is None else (self.clock,)
         for call in candidate.calls:
             call.args, call.kwargs = (input_of(call), *([] if update is None else [update])), {}
         if isinstance(site, Site) and site.spre is not None:

@@ -9,20 +9,25 @@ from typing import Literal
 
 from torch import nn
 from torch.fx import GraphModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
+from spre_fx import records
 from spre_fx.backends import DenseBackend
 from spre_fx.checks import check_model, check_tensors, is_prepared
 from spre_fx.criteria import SNIP, Criterion, GraSP, Taylor
-from spre_fx.errors import ModelError, OptionError, TraceError
+from spre_fx.errors import ModelError, OptionError
 from spre_fx.granet import GraNet
 from spre_fx.inspection import uncalled_layers
 from spre_fx.lbc import LBC
 from spre_fx.methods import ASP, SRSTE, MaskMethod
-from spre_fx.passes.base import Account
+from spre_fx.modules import MaskSchedule, NMLayer
+from spre_fx.passes.base import Account, Reason
+from spre_fx.passes.edit import add_module, copy_model
 from spre_fx.passes.graph_view import GraphView
 from spre_fx.passes.pipeline import deployment_pipeline, training_pipeline
 from spre_fx.passes.policy import Policy
-from spre_fx.passes.tracer import trace
+from spre_fx.passes.regions import Region, assemble, divide, find_regions
 from spre_fx.passes.wire_masks import BranchKind
 from spre_fx.patterns import Pattern
 from spre_fx.schedules import Schedule
@@ -40,19 +45,24 @@ def prepare(
     schedule: Schedule | None = None,
     spre_gamma: float | None = None,
     criterion: Literal["magnitude", "taylor", "snip", "grasp"] | Criterion = "magnitude",
-) -> GraphModule:
+    depthwise: Literal["flat"] | None = None,
+) -> nn.Module:
     """Make a model ready for N:M sparse training with Spatial Re-parameterization.
 
     Convs and linears become N:M sparse; each conv with a kernel of more than one tap and a batch
     norm behind it gets a parallel SpRe branch (Algorithm 1 of Zhang et al., 2306.05612v3). What
     stays dense, and why, is in `spre_fx.sites(result)`. Build the optimizer from the result.
 
+    A model that `torch.fx` can follow becomes one GraphModule. Of any other, the largest parts that
+    it can follow become GraphModules, in a copy of the model whose own code runs the rest: a conv
+    and a batch norm that this code calls one by one get no SpRe branch.
+
     Parameters and buffers keep their names: a dense checkpoint loads into the result with only the
     keys of the SpRe branches, and of masks that are kept between steps, missing. Random numbers for
     the new branches come from torch's global generator.
 
     Args:
-        model: Any module that `torch.fx` can trace. Never modified.
+        model: The model. Never modified.
         pattern: "N:M": at most N non-zeros in every M consecutive input channels.
         method: "sr-ste" or "lbc" to train from scratch, "asp" to fine-tune pre-trained weights, or
             a `MaskMethod`. "gmp", "rigl" and "granet" are unstructured baselines: single weights
@@ -62,8 +72,7 @@ def prepare(
             repeats the rule of SpRe itself; it is taken to mean the complement.) "auto" is "spre"
             for N:M methods, and None for unstructured ones, which can have no branch.
         exclude: Layers to leave dense: names, globs, or module types. The name of a module with
-            layers inside excludes them all, and lets a model be prepared around a module that
-            `torch.fx` cannot follow.
+            layers inside excludes them all.
         overrides: Name or glob -> another pattern, or None for dense. The last match wins.
         schedule: At which training forwards the masks are recomputed. Default: the method's, which
             is every one for SR-STE and never for ASP. LBC, GMP and GraNet need a `CubicRamp`,
@@ -74,14 +83,20 @@ def prepare(
         criterion: How B^U is chosen, and with it the live taps. All but "magnitude" need gradients:
             call `spre_fx.update_taps` in the training loop. Until its first call taps are those of
             magnitude.
+        depthwise: What becomes of depthwise convs, whose filters have a single input channel to
+            group. None: they stay dense. "flat": they are sparsified as in Tables 4 and 5 of the
+            paper, in groups of M consecutive weights in the order (C_out, *kernel), which straddle
+            taps and filters, as the published code of SR-STE (Zhou et al., 2021) groups any weight.
+            For reproducing those tables: no sparse op computes such a layer, so `finalize` leaves
+            it an ordinary one.
 
     Returns:
-        A GraphModule in the training mode of `model`, on its device.
+        A GraphModule, or a copy of `model` with GraphModules inside, in its training mode and on
+        its device.
 
     Raises:
         PatternError: If a pattern is not one.
         OptionError: If an option makes no sense, such as a glob that matches nothing.
-        TraceError: If `torch.fx` cannot follow the model.
         ModelError: If there is nothing to sparsify, or the model is prepared already, quantised,
             uninitialised, on the meta device, or holds values that are not finite.
     """
@@ -96,6 +111,7 @@ def prepare(
             rule: None if other is None else Pattern.parse(other)
             for rule, other in (overrides or {}).items()
         },
+        depthwise=depthwise,
     )
     patterns = {policy.pattern, *policy.overrides.values()} - {None}
     mask_method.check([p for p in patterns if p is not None], mask_schedule)
@@ -105,34 +121,45 @@ def prepare(
             "expected a dense model, found one that `prepare` has prepared. Train it and finalize "
             "it, or prepare the dense model again with the other options."
         )
-    graph_module = _trace_around(model, policy)
-    _warn_of_uncalled(model, graph_module)
-    policy.check(GraphView(graph_module))
-    passes = training_pipeline(
-        policy,
-        mask_method,
-        mask_schedule,
-        branch=branch_kind,
-        gamma=mask_method.spre_gamma if spre_gamma is None else spre_gamma,
-        criterion=scores,
-    )
-    prepared, accounts = passes.run_in_place(graph_module)
-    _check_any_sparse(accounts[-1])
+    root = copy_model(model)
+    regions = divide(root)
+    policy.check(*(GraphView(region.graph_module) for region in regions))
+    clock = _clock(root, regions, mask_method, mask_schedule)
+    accounts = []
+    for region in regions:
+        passes = training_pipeline(
+            policy,
+            mask_method,
+            mask_schedule,
+            branch=branch_kind,
+            gamma=mask_method.spre_gamma if spre_gamma is None else spre_gamma,
+            criterion=scores,
+            clock=clock,
+        )
+        accounts.append(passes.run_in_place(region.graph_module)[1][-1])
+        clock = clock or _schedule_in(region.graph_module)
+    _check_any_sparse(accounts)
+    _note_callers(regions)
+    prepared = assemble(root, regions)
+    _warn_of_uncalled(model, prepared)
     return prepared
 
 
-def finalize(prepared: GraphModule, backend: Literal["dense"] = "dense") -> GraphModule:
+def finalize(prepared: nn.Module, backend: Literal["dense"] = "dense") -> nn.Module:
     """Turn a trained model into one N:M conv per site (Eq. 10), proved and lowered.
 
     Batch norms are folded with their running statistics, whatever mode the model is in. Each merged
     kernel is checked against its pattern, and against the outputs of the branches it replaces.
 
     Args:
-        prepared: What `prepare` returned, trained. Never modified.
+        prepared: What `prepare` returned, trained, or a module that holds it, such as a
+            LightningModule. DistributedDataParallel, AveragedModel and what torch.compile returns
+            stand for the model inside. Never modified.
         backend: What to lower to. "dense": ordinary torch layers that hold N:M weights.
 
     Returns:
-        A GraphModule in evaluation mode.
+        A GraphModule in evaluation mode; a copy of `prepared` with GraphModules inside where
+        `prepared` is no GraphModule.
 
     Raises:
         ModelError: If the model was never prepared, or holds values that are not finite.
@@ -140,14 +167,74 @@ def finalize(prepared: GraphModule, backend: Literal["dense"] = "dense") -> Grap
     """
     if backend != "dense":
         raise OptionError(f"backend={backend!r}: expected 'dense'.")
-    if not isinstance(prepared, GraphModule) or not is_prepared(prepared):
+    prepared = _unwrapped(prepared)
+    if not isinstance(prepared, nn.Module) or not is_prepared(prepared):
         raise ModelError(
             f"expected the trained result of `prepare`, found a {type(prepared).__name__} without "
             "N:M layers in training. Call prepare before training; a deployed model is final."
         )
     check_tensors(prepared)
-    deployed, _ = deployment_pipeline(DenseBackend())(prepared)
+    root = copy_model(prepared)
+    regions = find_regions(root)
+    passes = deployment_pipeline(DenseBackend())
+    for region in reversed(regions):  # inner ones first: an outer one must hold no branches
+        passes.run_in_place(region.graph_module)
+    deployed = assemble(root, regions)
+    _remove_clock(deployed)
     return deployed.eval()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model that a wrapper of torch around it trains or averages."""
+    if isinstance(model, DistributedDataParallel | AveragedModel):
+        return _unwrapped(model.module)
+    compiled = getattr(model, "_orig_mod", None)  # its type would import the compiler
+    return model if compiled is None else _unwrapped(compiled)
+
+
+def _clock(
+    root: nn.Module, regions: list[Region], method: MaskMethod, schedule: Schedule
+) -> MaskSchedule | None:
+    """What counts the forwards of a model that is no graph, which could do it, but has graphs."""
+    if len(regions) == 1 and regions[0].names == ("",):
+        return None
+    if isinstance(method, UnstructuredMethod):
+        raise ModelError(
+            f"method={type(method).__name__}: expected a model that torch.fx can follow whole, "
+            "since such a method looks at all its layers at once, found "
+            f"{type(root).__name__}, which it can follow in parts only. Choose an N:M method."
+        )
+    if not schedule.counts_steps or any(region.names == ("",) for region in regions):
+        return None
+    device = next(root.parameters()).device
+    clock = MaskSchedule(schedule, method).to(device).train(root.training)
+    add_module(root, "mask_schedule", clock)
+    root.register_forward_pre_hook(clock.tick)
+    return clock
+
+
+def _schedule_in(graph_module: GraphModule) -> MaskSchedule | None:
+    return next((m for m in graph_module.modules() if isinstance(m, MaskSchedule)), None)
+
+
+def _remove_clock(model: nn.Module) -> None:
+    """What `_clock` added to a model, now a part of `model` or all of it."""
+    for name, clock in list(model.named_modules()):
+        if isinstance(clock, MaskSchedule):
+            parent, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(parent)
+            delattr(owner, leaf)
+            for number, hook in list(owner._forward_pre_hooks.items()):
+                if getattr(hook, "__self__", None) is clock:
+                    del owner._forward_pre_hooks[number]
+
+
+def _note_callers(regions: list[Region]) -> None:
+    """Say of sparse layers that are called from outside of any graph why they got no branch."""
+    for region in regions:
+        for name, layer in region.graph_module.named_modules():
+            if region.caller is not None and isinstance(layer, NMLayer):
+                records.note(layer, Reason.OUTSIDE, f"{name}: is called by {region.caller}")
 
 
 def _method(method: str | MaskMethod) -> MaskMethod:
@@ -224,18 +311,8 @@ def _criterion(criterion: str | Criterion, branch: BranchKind | None) -> Criteri
     return chosen
 
 
-def _trace_around(model: nn.Module, policy: Policy) -> GraphModule:
-    """Trace the whole model; if that fails, with the excluded modules kept whole."""
-    try:
-        return trace(model)
-    except TraceError:
-        if not policy.exclude:
-            raise
-        return trace(model, leaves=policy.exclude)
-
-
-def _warn_of_uncalled(model: nn.Module, traced: GraphModule) -> None:
-    uncalled = uncalled_layers(model, traced)
+def _warn_of_uncalled(model: nn.Module, prepared: nn.Module) -> None:
+    uncalled = uncalled_layers(model, prepared)
     if uncalled:
         warnings.warn(
             f"{type(model).__name__} has layers that its forward never calls, and the result "
@@ -244,10 +321,11 @@ def _warn_of_uncalled(model: nn.Module, traced: GraphModule) -> None:
         )
 
 
-def _check_any_sparse(account: Account) -> None:
-    if account.applied:
+def _check_any_sparse(accounts: list[Account]) -> None:
+    if any(account.applied for account in accounts):
         return
-    counts = Counter(str(skip.reason) for skip in account.skipped.values())
+    skipped = {name: skip for account in accounts for name, skip in account.skipped.items()}
+    counts = Counter(str(skip.reason) for skip in skipped.values())
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
     raise ModelError(
         f"nothing to sparsify: expected a conv or linear that can carry the pattern, found "

@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor, nn
-from torch.fx import GraphModule
-from torch.nn import functional as F
+from torch import nn
 
-from spre_fx import records
+from spre_fx import masks, records
 from spre_fx.api import finalize
 from spre_fx.errors import ModelError, VerificationError
 from spre_fx.modules import Layer, NMLayer
@@ -107,7 +105,6 @@ def audit(model: nn.Module) -> Audit:
         )
     if not any(layer.stage == "prepared" for layer in layers):
         return Audit(tuple(layers), None)
-    assert isinstance(model, GraphModule)
     try:
         return Audit((*layers, *_layers(finalize(model))), None)
     except VerificationError as error:
@@ -126,12 +123,7 @@ def _layers(model: nn.Module) -> list[LayerAudit]:
         else:
             continue
         density = int(weight.count_nonzero()) / weight.numel()
-        found.append(LayerAudit(name, stage, str(pattern), _most(weight, pattern.m), density))
+        found.append(
+            LayerAudit(name, stage, str(pattern), masks.most_in_a_group(weight, pattern), density)
+        )
     return found
-
-
-def _most(weight: Tensor, m: int) -> int:
-    """The most non-zeros in a group of M consecutive input channels."""
-    kept = (weight != 0).reshape(*weight.shape[:2], -1)
-    groups = F.pad(kept, (0, 0, 0, -kept.shape[1] % m)).unflatten(1, (-1, m))
-    return int(groups.sum(2).max())

@@ -63,11 +63,16 @@ def check_tensors(model: nn.Module) -> None:
                 f"{name}: expected values, found a tensor on the meta device. Load the weights "
                 "first (model.to_empty(device=...), then load_state_dict)."
             )
-        if id(tensor) in checked and not torch.isfinite(tensor).all():
+        if id(tensor) in checked and not _is_finite(tensor):
             raise ModelError(
                 f"{name}: expected finite values, found {_not_finite(tensor)}. Go back to a "
                 "checkpoint from before the training diverged."
             )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are. A sum that is finite says so, at a tenth of the price of looking."""
+    return bool(tensor.detach().sum().isfinite()) or bool(torch.isfinite(tensor).all())
 
 
 def _never_ran(module: Any) -> bool:

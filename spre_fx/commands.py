@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from spre_fx.api import finalize, prepare
 from spre_fx.audit import audit
@@ -98,7 +97,7 @@ def demo(options: Namespace) -> Answer:
     return Answer(f"Results\n=======\n{results}", results.to_dict())
 
 
-def _prepare(model: nn.Module, options: Namespace, schedule: Schedule | None = None) -> GraphModule:
+def _prepare(model: nn.Module, options: Namespace, schedule: Schedule | None = None) -> nn.Module:
     return prepare(
         model,
         options.pattern,
@@ -119,7 +118,7 @@ def _model_or_file(name: str, options: Namespace) -> nn.Module:
     return content
 
 
-def _fill(dense: nn.Module, state: dict[str, Tensor], options: Namespace) -> GraphModule:
+def _fill(dense: nn.Module, state: dict[str, Tensor], options: Namespace) -> nn.Module:
     """The prepared or the deployed kind of a model, whichever the state is of, holding it."""
     prepared = _prepare(dense, options, _schedule(state))
     model = prepared if set(state) == set(prepared.state_dict()) else finalize(prepared)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 from torch import nn
-from torch.fx import Node
+from torch.fx import Graph, GraphModule, Node
 
-from spre_fx.inspection import SiteInfo, as_view, describe
+from spre_fx.inspection import SiteInfo, describe, with_graphs
 from spre_fx.passes.alignment import align
 from spre_fx.passes.graph_view import GraphView
 
@@ -115,20 +115,24 @@ def diff(before: nn.Module, after: nn.Module) -> Diff:
     """Compare any two of a dense model, its training graph and its deployed graph.
 
     Args:
-        before: A GraphModule, or a module to trace first.
+        before: A dense, prepared or deployed model.
         after: Likewise.
 
     Returns:
         The comparison, computed from the two graphs.
     """
-    old, new = as_view(before), as_view(after)
+    (_, old), (_, new) = with_graphs(before), with_graphs(after)
     old_sites, new_sites = describe(old), describe(new)
     names = dict.fromkeys([*old_sites, *new_sites])
     return Diff(
         sites=tuple(SiteChange(n, old_sites.get(n), new_sites.get(n)) for n in names),
-        nodes=tuple(_node_changes(old, new)),
-        before=_totals(old, old_sites),
-        after=_totals(new, new_sites),
+        nodes=tuple(
+            change
+            for path in dict.fromkeys([*old, *new])
+            for change in _node_changes(old.get(path, _EMPTY), new.get(path, _EMPTY))
+        ),
+        before=_totals(before, old, old_sites),
+        after=_totals(after, new, new_sites),
     )
 
 
@@ -142,13 +146,12 @@ def _essence(info: SiteInfo | None) -> object:
     )
 
 
-def _totals(view: GraphView, infos: dict[str, SiteInfo]) -> Totals:
-    parameters = {id(p): p.numel() for p in view.graph_module.parameters()}
+def _totals(model: nn.Module, views: dict[str, GraphView], infos: dict[str, SiteInfo]) -> Totals:
     return Totals(
         sites=len(infos),
-        parameters=sum(parameters.values()),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
         nonzeros=sum(info.nonzeros for info in infos.values()),
-        nodes=len(view.graph_module.graph.nodes),
+        nodes=sum(len(view.graph_module.graph.nodes) for view in views.values()),
     )
 
 
@@ -188,6 +191,7 @@ def _inputs(view: GraphView, node: Node | None) -> str:
     return _ABSENT if node is None else ", ".join(maker.name for maker in view.producers(node))
 
 
+_EMPTY = GraphView(GraphModule(nn.Module(), Graph()))
 _SITE_HEADERS = (
     "site",
     "was",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spre_fx import records
 from spre_fx.cost_report import Amount, Cost, SiteCost, total
-from spre_fx.inspection import as_view
+from spre_fx.inspection import with_graphs
 from spre_fx.modules import NMLayer
 from spre_fx.passes.branches import spre_mask
 from spre_fx.passes.graph_view import Candidate, GraphView
@@ -43,25 +43,25 @@ def cost(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Cost:
       channels there. At test what counts is the merged kernel: the weights that B or B^S keeps; for
       a deployed layer, those that are not zero.
 
-    No layer is computed: sizes come from a run on fake tensors, in evaluation mode.
+    Sizes come from a run in evaluation mode, on fake tensors, which computes nothing. A model that
+    `torch.fx` can follow in parts only runs on the input itself, for its own code may look at it.
 
     Args:
-        model: A GraphModule, or a module to trace first. Never modified.
-        example_input: What the model is called with, or a tuple of its positional arguments. Only
-            shapes and types matter.
+        model: A dense, prepared or deployed model. Never modified.
+        example_input: What the model is called with, or a tuple of its positional arguments.
 
     Raises:
-        TraceError: If `torch.fx` cannot follow the model.
         ModelError: If the model cannot take the input.
     """
-    view = as_view(model)
+    graphs, views = with_graphs(model)
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    runs = count_runs(view, inputs)
-    at_test = GraphView(SpecialiseToEval()(view.graph_module).graph_module).candidates
-    sites = [
-        _site_cost(view, candidate, runs[name], tested=name in at_test)
-        for name, candidate in view.candidates.items()
-    ]
+    runs = count_runs(graphs, views, inputs)
+    found = {}
+    for view in views.values():
+        at_test = GraphView(SpecialiseToEval()(view.graph_module).graph_module).candidates
+        for name, candidate in view.candidates.items():
+            found[name] = _site_cost(view, candidate, runs[name], tested=name in at_test)
+    sites = found.values()
     return Cost(
         sites=tuple(sites),
         sparse=total(site for site in sites if site.pattern is not None),

@@ -26,7 +26,17 @@ class FileError(SpreError, ValueError):
 
 
 class TraceError(ModelError):
-    """A model whose forward `torch.fx` cannot follow."""
+    """A module whose forward `torch.fx` cannot follow.
+
+    Attributes:
+        module: Its name, "" for the model itself.
+        cause: What it does that cannot be followed, with the line where there is one.
+    """
+
+    def __init__(self, message: str, module: str = "", cause: str | None = None) -> None:
+        super().__init__(message)
+        self.module = module
+        self.cause = message if cause is None else cause
 
 
 class InvariantError(SpreError, RuntimeError):

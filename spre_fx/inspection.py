@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -10,15 +11,16 @@ from typing import Literal
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from spre_fx import records
 from spre_fx.modules import Layer, NMLayer
 from spre_fx.passes.base import Reason
 from spre_fx.passes.branches import masked_weight, spre_weight
+from spre_fx.passes.edit import copy_model
 from spre_fx.passes.graph_view import Candidate, GraphView
 from spre_fx.passes.matcher import Site, match_site
-from spre_fx.passes.tracer import trace
+from spre_fx.passes.regions import assemble, divide, find_regions, is_divided
 from spre_fx.unstructured import UnstructuredMethod
 
 
@@ -74,12 +76,13 @@ def sites(model: nn.Module) -> list[SiteInfo]:
     """Every conv and linear of a model: dense, prepared or deployed. Reads, never edits.
 
     Args:
-        model: A GraphModule, or a module to trace first.
+        model: A dense, prepared or deployed model.
 
     Returns:
         One record per conv and linear, in the order of the model's modules.
     """
-    return list(describe(as_view(model)).values())
+    _, views = with_graphs(model)
+    return list(describe(views).values())
 
 
 def site_table(model: nn.Module) -> str:
@@ -100,20 +103,24 @@ def site_table(model: nn.Module) -> str:
     return tabulate(rows, headers, disable_numparse=True)
 
 
-def as_view(model: nn.Module) -> GraphView:
-    """The graph of a model, traced first where it is none, with the layers it never calls."""
-    if isinstance(model, GraphModule):
-        return GraphView(model)
-    traced = trace(model)
-    for name, layer in uncalled_layers(model, traced).items():
+def with_graphs(model: nn.Module) -> tuple[nn.Module, dict[str, GraphView]]:
+    """A model that is made of its regions, the very one where it is, and views of them by name."""
+    graphs = model
+    if not is_divided(model):
+        copied = copy_model(model)
+        graphs = assemble(copied, divide(copied))
+    views = {region.names[0]: GraphView(region.graph_module) for region in find_regions(graphs)}
+    for name, layer in uncalled_layers(model, graphs).items():
         records.note(layer, Reason.NOT_CALLED, f"{name}: is never called in the traced forward")
-        traced.add_submodule(name, layer)
-    return GraphView(traced)
+        nothing = GraphModule(nn.Module(), Graph())
+        nothing.add_submodule(name, layer)
+        views[name] = GraphView(nothing)
+    return graphs, views
 
 
-def uncalled_layers(model: nn.Module, traced: GraphModule) -> dict[str, Layer]:
-    """Copies of the convs and linears of a model that its trace leaves out, by name."""
-    called = dict(traced.named_modules(remove_duplicate=False))
+def uncalled_layers(model: nn.Module, graphs: nn.Module) -> dict[str, Layer]:
+    """Copies of the convs and linears of a model that its graphs leave out, by name."""
+    called = dict(graphs.named_modules(remove_duplicate=False))
     return {
         name: copy.deepcopy(module)
         for name, module in model.named_modules()
@@ -122,9 +129,13 @@ def uncalled_layers(model: nn.Module, traced: GraphModule) -> dict[str, Layer]:
 
 
 @torch.no_grad()
-def describe(view: GraphView) -> dict[str, SiteInfo]:
+def describe(views: Mapping[str, GraphView]) -> dict[str, SiteInfo]:
     """The records of `sites` by name."""
-    return {name: _describe(view, candidate) for name, candidate in view.candidates.items()}
+    return {  # of what is inside a module kept whole, the region inside knows more than that around
+        name: _describe(view, candidate)
+        for view in views.values()
+        for name, candidate in view.candidates.items()
+    }
 
 
 def _describe(view: GraphView, candidate: Candidate) -> SiteInfo:

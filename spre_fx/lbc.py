@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spre_fx import masks
 from spre_fx.errors import OptionError
 from spre_fx.methods import MaskMethod
 from spre_fx.patterns import Pattern
@@ -101,7 +102,8 @@ class CombinationMask(nn.Module):
         pattern: The N:M pattern.
 
     Attributes:
-        scores: Parameter `(C_out, groups, *kernel, C)`, one per combination.
+        scores: Parameter `(C_out, groups, *kernel, C)`, one per combination; `(1, groups, C)` for a
+            flat pattern.
         removed: Bool buffer of the same shape.
         members: The 0-1 matrix A, `(C, M)`; not in the `state_dict`.
     """
@@ -112,17 +114,19 @@ class CombinationMask(nn.Module):
     def __init__(self, weight: Tensor, pattern: Pattern) -> None:
         super().__init__()
         self.pattern = pattern
-        self.channels = weight.shape[1]
+        self.weight_shape = weight.shape
+        rows = masks.group_rows(weight, pattern)
+        self.channels = rows.shape[1]
         groups = -(-self.channels // pattern.m)
-        shape = (len(weight), groups, *weight.shape[2:], comb(pattern.m, pattern.n))
+        shape = (len(rows), groups, *rows.shape[2:], comb(pattern.m, pattern.n))
         start = 1 / comb(pattern.m - 1, pattern.n - 1)
         self.scores = nn.Parameter(weight.new_full(shape, start))
         self.register_buffer("removed", torch.zeros_like(self.scores, dtype=torch.bool))
-        rows = [
+        members = [
             [float(member in chosen) for member in range(pattern.m)]
             for chosen in combinations(range(pattern.m), pattern.n)
         ]
-        self.register_buffer("members", weight.new_tensor(rows), persistent=False)
+        self.register_buffer("members", weight.new_tensor(members), persistent=False)
         last = self.channels - (groups - 1) * pattern.m
         wasteful = self.members[:, :last].sum(1) < min(pattern.n, last)
         self.removed[:, -1] = wasteful
@@ -157,7 +161,8 @@ class CombinationMask(nn.Module):
 
     def _to_weight(self, groups: Tensor) -> Tensor:
         """`(C_out, groups, *kernel, M)` -> `(C_out, C_in/groups, *kernel)`."""
-        return groups.movedim(-1, 2).flatten(1, 2)[:, : self.channels]
+        rows = groups.movedim(-1, 2).flatten(1, 2)[:, : self.channels]
+        return masks.ungroup_rows(rows, self.weight_shape, self.pattern)
 
 
 class _Held(torch.autograd.Function):

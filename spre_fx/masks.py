@@ -31,8 +31,9 @@ _BITS = {
 def nm_mask(weight: Tensor, pattern: Pattern) -> Tensor:
     """N:M mask `B`: the N largest magnitudes of every M consecutive input channels.
 
-    Eq. 3 of Zhang et al., 2306.05612v3. A group lies within one filter and one tap. A last partial
-    group of r < M channels counts as padded with zeros: it keeps the min(N, r) largest.
+    Eq. 3 of Zhang et al., 2306.05612v3. A group lies within one filter and one tap, or where the
+    pattern is flat wherever `group_rows` puts it. A last partial group of r < M weights counts as
+    padded with zeros: it keeps the min(N, r) largest.
 
     Args:
         weight: `(C_out, C_in/groups, *kernel)`, floating point.
@@ -45,8 +46,9 @@ def nm_mask(weight: Tensor, pattern: Pattern) -> Tensor:
         PatternError: If `weight` is not a floating-point tensor with two or more axes.
     """
     _check(weight)
-    mask: Tensor = _nm_mask(weight.detach(), pattern.n, pattern.m)
-    return mask
+    rows: Tensor = _nm_mask(group_rows(weight.detach(), pattern), pattern.n, pattern.m)
+    mask = ungroup_rows(rows, weight.shape, pattern)
+    return torch.empty_like(weight, dtype=torch.bool).copy_(mask) if pattern.flat else mask
 
 
 def unstructured_mask(weight: Tensor, pattern: Pattern) -> Tensor:
@@ -129,8 +131,39 @@ def obeys(weight: Tensor, pattern: Pattern) -> bool:
         weight: `(C_out, C_in/groups, *kernel)`.
         pattern: N:M.
     """
-    non_zeros = _group_major(weight != 0, pattern.m).sum(0)
-    return bool((non_zeros <= pattern.n).all())
+    return bool((_non_zeros_per_group(weight, pattern) <= pattern.n).all())
+
+
+def most_in_a_group(weight: Tensor, pattern: Pattern) -> int:
+    """The most non-zeros among any M weights that the pattern puts into a group.
+
+    Args:
+        weight: `(C_out, C_in/groups, *kernel)`.
+        pattern: N:M.
+    """
+    return int(_non_zeros_per_group(weight, pattern).max())
+
+
+def group_rows(values: Tensor, pattern: Pattern) -> Tensor:
+    """A weight with the members of each group next to one another along axis 1.
+
+    Args:
+        values: `(C_out, C_in/groups, *kernel)`.
+        pattern: N:M.
+
+    Returns:
+        `values`; of a flat pattern `(1, numel)`, in the order (C_out, *kernel, C_in/groups): that
+        of the published code of SR-STE, which for a depthwise conv, where C_in/groups is 1,
+        straddles taps and filters.
+    """
+    return values.movedim(1, -1).reshape(1, -1) if pattern.flat else values
+
+
+def ungroup_rows(rows: Tensor, shape: torch.Size, pattern: Pattern) -> Tensor:
+    """The tensor of this shape that `group_rows` makes those rows of."""
+    if not pattern.flat:
+        return rows
+    return rows.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
 @torch.library.custom_op("spre_fx::nm_mask", mutates_args=())
@@ -238,6 +271,10 @@ def _largest_without_sync(magnitude: Tensor, count: int) -> Tensor:
     kept = magnitude > threshold
     ties = magnitude == threshold
     return kept | (ties & (ties.cumsum(0) <= count - kept.sum()))
+
+
+def _non_zeros_per_group(weight: Tensor, pattern: Pattern) -> Tensor:
+    return _group_major(group_rows(weight != 0, pattern), pattern.m).sum(0)
 
 
 def _count_per_tap(mask: Tensor) -> Tensor:

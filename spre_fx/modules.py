@@ -29,18 +29,33 @@ class MaskSchedule(nn.Module):
     Args:
         schedule: When to recompute.
         method: The mask method, which may tell its masks more than that.
+
+    Attributes:
+        step: Training forwards so far.
+        due: What it said last, for layers that no edge of a graph leads to.
     """
 
     step: Tensor
+    due: Tensor
 
     def __init__(self, schedule: Schedule, method: MaskMethod) -> None:
         super().__init__()
         self.schedule = schedule
         self.method = method
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("due", method.signal(schedule, self.step), persistent=False)
+
+    def tick(self, *_: Any) -> None:
+        """A forward begins. The pre-hook of a model that has no graph in which to call this."""
+        self()
 
     def forward(self) -> Tensor:
         """A tensor of shape (): whether this is an update step. Never in evaluation."""
+        update = self._signal()
+        self.due.copy_(update)
+        return update
+
+    def _signal(self) -> Tensor:
         if not self.training:
             return self.step < 0
         if inside_backward():  # activation checkpointing runs this step's forward once more
@@ -71,6 +86,11 @@ class NMLayer(nn.Module):
     nm_mask: nn.Module
     live_taps: nn.Module | None
     dense_gradient: nn.Module | None
+    clock: tuple[MaskSchedule] | None = None  # in a tuple, for it is no submodule of the layer
+
+    def signal(self, update: Tensor | None) -> Tensor | None:
+        """What the masks are told: what comes along the edge of the graph, or by the clock."""
+        return update if self.clock is None else self.clock[0].due
 
     def masked_weight(self, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """B * W with the gradient of the mask method, and B."""
@@ -96,6 +116,7 @@ class _ConvForward:
 class _NMConv(NMLayer, _ConvForward):
     def forward(self, input: Tensor, update: Tensor | None = None) -> Any:
         """`y`, or `(y, B, live taps)` where a SpRe branch takes the masks up."""
+        update = self.signal(update)
         weight, mask = self.masked_weight(update)
         y = self._conv_forward(input, weight, self.bias)
         return y if self.live_taps is None else (y, mask, self.live_taps(self.weight, update))
@@ -118,7 +139,7 @@ class NMLinear(NMLayer, nn.Linear):
 
     def forward(self, input: Tensor, update: Tensor | None = None) -> Tensor:
         """Y = x (B * W)^T + b."""
-        weight, _ = self.masked_weight(update)
+        weight, _ = self.masked_weight(self.signal(update))
         return nn.functional.linear(input, weight, self.bias)
 
 

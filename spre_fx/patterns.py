@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from spre_fx.errors import PatternError
 
-_TEXT = re.compile(r"(\d+):(\d+)")
+_TEXT = re.compile(r"(\d+):(\d+)( flat)?")
 
 
 @dataclass(frozen=True, order=True)
@@ -17,6 +17,8 @@ class Pattern:
     Attributes:
         n: Non-zeros kept per group.
         m: Channels per group.
+        flat: Whether groups are M consecutive weights in the order (C_out, *kernel, C_in/groups)
+            instead, which straddle taps and filters: see `depthwise` of `spre_fx.prepare`.
 
     Raises:
         PatternError: Unless 1 <= n < m.
@@ -24,6 +26,7 @@ class Pattern:
 
     n: int
     m: int
+    flat: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.n < self.m:
@@ -34,7 +37,7 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str | Pattern) -> Pattern:
-        """Read `"N:M"`.
+        """Read `"N:M"`, or `"N:M flat"`, as `str` writes them.
 
         Raises:
             PatternError: If `text` is not of that form, or N >= M.
@@ -46,7 +49,7 @@ class Pattern:
             raise PatternError(
                 f"{text!r} is not an N:M pattern: expected a string such as '2:4' or '1:16'."
             )
-        return cls(int(match[1]), int(match[2]))
+        return cls(int(match[1]), int(match[2]), flat=match[3] is not None)
 
     @property
     def density(self) -> float:
@@ -58,4 +61,4 @@ class Pattern:
         return -(-numel * self.n // self.m)
 
     def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
+        return f"{self.n}:{self.m}{' flat' * self.flat}"

@@ -15,7 +15,7 @@ _ATTRIBUTE = "spre_fx_record"
 
 
 class Record(TypedDict, total=False):
-    """What a pass wrote down about one conv or linear.
+    """What was written down about one module, a conv or linear but for the last entry.
 
     Attributes:
         pattern: The N:M pattern its weights obey.
@@ -24,6 +24,8 @@ class Record(TypedDict, total=False):
         backend: What it was lowered to.
         unstructured: The unstructured method that chose its zeros, which obey no pattern.
         permutation: What became of the order of its input channels.
+        shared: What else uses its parameters, where no graph shows it; it must stay dense.
+        divided: True on a module with code that torch.fx cannot follow, around parts that it can.
     """
 
     pattern: str
@@ -32,6 +34,8 @@ class Record(TypedDict, total=False):
     backend: str
     unstructured: str
     permutation: str
+    shared: str
+    divided: bool
 
 
 def read(module: nn.Module) -> Record:

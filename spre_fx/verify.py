@@ -48,9 +48,10 @@ def check_pattern(name: str, layer: Layer, pattern: Pattern) -> None:
         VerificationError: Naming the layer and the pattern.
     """
     if not masks.obeys(layer.weight.detach(), pattern):
+        members = "weights of the order (C_out, *kernel)" if pattern.flat else "input channels"
         raise VerificationError(
             f"{name}: expected at most {pattern.n} non-zeros in every {pattern.m} consecutive "
-            "input channels after folding, found a group with more. No model was made."
+            f"{members} after folding, found a group with more. No model was made."
         )
 
 

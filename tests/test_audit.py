@@ -37,6 +37,20 @@ def test_a_last_partial_group_counts_as_one():
     assert (layer.most, layer.ok) == (2, False)
 
 
+def test_a_flat_pattern_is_counted_in_its_own_groups():
+    net = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8))
+    prepared = spre_fx.prepare(net, "1:4", depthwise="flat")
+    found = audit(prepared)
+    assert {(layer.pattern, layer.most, layer.ok) for layer in found.layers} == {
+        ("1:4 flat", 1, True)
+    }
+    deployed = spre_fx.finalize(prepared)
+    deployed.get_submodule("0").weight.data[0, 0, 2, 2] = 1.0  # the first of the third group
+    deployed.get_submodule("0").weight.data[1, 0, 0, :2] = 1.0  # the next two, of another filter
+    (layer,) = audit(deployed).layers
+    assert (layer.most, layer.ok) == (3, False)
+
+
 def test_a_model_that_cannot_be_finalized_fails():
     prepared = spre_fx.prepare(small_net(), "2:4")
     prepared.get_submodule("4").running_var.zero_()

@@ -138,7 +138,7 @@ def test_verify_fails_with_1(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", "spre_fx_test_nets:Untraceable"], "expected a forward that torch.fx can"),
+        (["inspect", "spre_fx_test_nets:Untraceable"], "found no conv or linear at all"),
         (["inspect", NET, "--exclude", "zzz"], "'zzz' matches no conv or linear"),
         (["inspect", NET, "--method", "magic"], "method='magic'"),
         (["cost", NET], "expected a model that runs on an example input"),

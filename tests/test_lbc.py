@@ -51,6 +51,18 @@ def test_removal_of_the_lowest_scores_by_hand():
     assert module(weight, left(-1.0)).tolist() == [[1, 1, 0, 0]]
 
 
+def test_a_flat_pattern_has_a_score_for_each_combination_of_its_own_groups():
+    weight = torch.zeros(3, 1, 3, 3, dtype=torch.float64)  # 27 weights: seven groups, one partial
+    module = CombinationMask(weight, Pattern(1, 4, flat=True))
+    assert module.scores.shape == (1, 7, 4)
+    assert module.removed.sum() == 1  # the last group has no fourth member
+    with torch.no_grad():
+        module.scores[0, 2, 3] = 9.0  # weight 11: filter 1, tap (0, 2)
+    mask = module(weight, None)
+    assert mask.shape == weight.shape
+    assert mask.flatten().nonzero()[:, 0].tolist() == [0, 4, 11, 12, 16, 20, 24]
+
+
 def test_a_removed_combination_never_comes_back():
     module = mask_of([3.0, 2.0, 1.0, 0.0], Pattern(1, 4))
     module(torch.zeros(1, 4), left(0.3))  # 1 + ceil(0.9) = 2 stay

@@ -83,6 +83,18 @@ def test_what_a_backend_refuses_stays_and_says_why() -> None:
     ]
 
 
+def test_a_flat_pattern_is_never_lowered_and_says_why() -> None:
+    conv = nn.Conv2d(8, 8, 3, groups=8)
+    records.write(conv, records.Record(pattern="1:4 flat"))
+    backend = Toy()
+    result = Lower(backend)(trace(chain(conv=conv)))
+    why = "groups of 1:4 flat straddle filters, which no sparse op can take"
+    assert reasons(result) == {"conv": f"refused by the backend: conv: {why}"}
+    assert backend.asked == []
+    record = {"pattern": "1:4 flat", "note": f"not lowered: {why}"}
+    assert records.read(result.graph_module.conv) == record
+
+
 def test_what_a_backend_makes_is_what_runs() -> None:
     folded = fold(chain(conv=nn.Conv2d(8, 8, 3), act=nn.ReLU()))
     x = torch.randn(2, 8, 6, 6)

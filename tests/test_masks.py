@@ -149,6 +149,49 @@ def test_obeys_counts_the_non_zeros_of_each_group(case: Case) -> None:
         assert not masks.obeys(mask, pattern)
 
 
+def flat_mask(weight: Tensor, n: int, m: int) -> Tensor:
+    """Groups of M in the order filter, tap, input channel, as `permute(0, 2, 3, 1)` gives it."""
+    c_out, c_in, taps = by_tap(weight).shape
+    places = list(itertools.product(range(c_out), range(taps), range(c_in)))
+    entries = by_tap(weight).abs().tolist()
+    mask = torch.zeros(c_out, c_in, taps, dtype=torch.bool)
+    for start in range(0, len(places), m):
+        group = places[start : start + m]
+        for index in largest([entries[p][q][tap] for p, tap, q in group], n):
+            p, tap, q = group[index]
+            mask[p, q, tap] = True
+    return mask.view(weight.shape)
+
+
+@many
+@given(cases())
+def test_a_flat_pattern_groups_weights_across_taps_and_filters(case: Case) -> None:
+    weight, pattern = case.weight, Pattern(case.pattern.n, case.pattern.m, flat=True)
+    mask = masks.nm_mask(weight, pattern)
+    assert mask.stride() == weight.stride()
+    assert torch.equal(mask, flat_mask(weight, pattern.n, pattern.m))
+    assert torch.equal(masks.live_taps(weight, pattern), masks.live_taps(weight, case.pattern))
+    assert masks.obeys(mask * weight, pattern)
+    assert masks.most_in_a_group(mask, pattern) == min(pattern.n, weight.numel())
+    rows = masks.group_rows(weight, pattern)
+    assert torch.equal(masks.ungroup_rows(rows, weight.shape, pattern), weight)
+    if weight.numel() > pattern.n:  # one more in the first group
+        full = masks.group_rows(mask, pattern).clone()
+        full[0, : pattern.n + 1] = True
+        more = masks.ungroup_rows(full, weight.shape, pattern)
+        assert not masks.obeys(more, pattern)
+        assert masks.most_in_a_group(more, pattern) > pattern.n
+
+
+def test_the_flat_mask_of_a_depthwise_conv_is_that_of_the_published_code() -> None:
+    weight = torch.randn(8, 1, 3, 3)
+    groups = weight.abs().permute(0, 2, 3, 1).reshape(-1, 4)
+    removed = groups.argsort(dim=1)[:, :3]
+    expected = torch.ones_like(groups).scatter_(1, removed, 0).reshape(8, 3, 3, 1)
+    found = masks.nm_mask(weight, Pattern(1, 4, flat=True))
+    assert torch.equal(found, expected.permute(0, 3, 1, 2).bool())
+
+
 @pytest.mark.parametrize("m", range(2, 17))
 def test_a_tap_that_keeps_exactly_its_share_is_dead(m: int) -> None:
     for n in range(1, m):

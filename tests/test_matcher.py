@@ -110,7 +110,7 @@ class OutputOfTwo(Model):
             TiedBatchNorms,
             "conv2",
             Reason.SHARED_PARAMETER,
-            "is followed by bn2, whose weight is shared by bn1, bn2",
+            "is followed by bn2: its weight is shared by bn1, bn2",
         ),
         (
             lambda: chain(conv=nn.Conv2d(8, 8, 3), bn=nn.BatchNorm2d(8, track_running_stats=False)),

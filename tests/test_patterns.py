@@ -37,6 +37,20 @@ def test_parse_reads_n_and_m(text: str, n: int, m: int) -> None:
     assert str(pattern) == text
 
 
+def test_a_flat_pattern_is_read_back_and_another_pattern() -> None:
+    flat = Pattern(1, 4, flat=True)
+    assert str(flat) == "1:4 flat"
+    assert Pattern.parse("1:4 flat") == flat != Pattern(1, 4)
+    assert (flat.density, flat.kept(9)) == (0.25, 3)
+    assert pickle.loads(pickle.dumps(flat)) == flat
+
+
+@pytest.mark.parametrize("text", ["1:4flat", "1:4 Flat", "1:4 flat flat", "flat"])
+def test_flat_in_other_words_is_refused(text: str) -> None:
+    with pytest.raises(PatternError, match="is not an N:M pattern"):
+        Pattern.parse(text)
+
+
 def test_parse_ignores_space_around_the_text() -> None:
     assert Pattern.parse(" 2:4\n") == Pattern(2, 4)
 

@@ -473,6 +473,20 @@ def test_a_time_limit_is_shared_out():
     assert result.account.applied
 
 
+def test_flat_depthwise_convs_follow_the_order_others_choose():
+    model = randomised(
+        nn.Sequential(
+            nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 3, groups=16, padding=1), nn.Conv2d(16, 8, 1)
+        )
+    )
+    policy = Policy(PATTERN, depthwise="flat")
+    result = PermuteChannels(policy, QUICK)(trace(model))
+    assert result.account.applied == ("2",)
+    sentence = "1: depthwise, its channels follow the order that other layers choose"
+    assert str(result.account.skipped["1"]) == f"depthwise: {sentence}"
+    assert_same_function(model, result.graph_module, torch.randn(2, 8, 5, 5).double())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "densenet121"])
 def test_whole_models_of_torchvision(name):

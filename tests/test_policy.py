@@ -119,6 +119,58 @@ def test_a_layer_that_cannot_carry_a_pattern_stays_dense_and_says_why(
     assert decide(Policy(P), build())[name] == Skip(reason, f"{name}: {detail}")
 
 
+DEPTHWISE = {
+    "single": nn.Conv2d(8, 8, 3, groups=8),
+    "twice": nn.Conv2d(8, 16, 3, groups=8),
+    "rows": nn.Conv2d(16, 16, (1, 3), groups=16),
+    "grouped": nn.Conv2d(16, 16, 3, groups=4),
+    "few": nn.Conv2d(16, 16, 3, groups=8),
+    "dense": nn.Conv2d(16, 16, 3),
+}
+
+
+def test_flat_is_for_depthwise_convs_alone() -> None:
+    policy = Policy(P, overrides={"rows": Pattern(2, 4)}, depthwise="flat")
+    assert decide(policy, chain(**DEPTHWISE)) == {
+        "single": Pattern(1, 4, flat=True),
+        "twice": Pattern(1, 4, flat=True),
+        "rows": Pattern(2, 4, flat=True),
+        "grouped": P,
+        "few": Skip(Reason.FEW_CHANNELS, f"few: C_in/groups=2 {LESS}"),
+        "dense": P,
+    }
+
+
+def test_the_user_can_still_leave_a_depthwise_conv_dense() -> None:
+    policy = Policy(P, exclude=("single",), overrides={"twice": None}, depthwise="flat")
+    found = decide(policy, chain(**DEPTHWISE))
+    assert found["single"] == Skip(Reason.EXCLUDED, "single: excluded by 'single'")
+    assert found["twice"].reason is Reason.EXCLUDED
+
+
+def test_a_depthwise_conv_of_fewer_weights_than_m_stays_dense_and_says_why() -> None:
+    policy = Policy(Pattern(1, 32), depthwise="flat")
+    found = decide(policy, chain(conv=nn.Conv2d(3, 3, 3, groups=3)))
+    detail = "conv: its 27 weights are fewer than M=32"
+    assert found == {"conv": Skip(Reason.FEW_CHANNELS, detail)}
+
+
+def test_an_unknown_choice_for_depthwise_convs_is_refused() -> None:
+    with pytest.raises(OptionError, match="depthwise='dense': expected None or 'flat'"):
+        Policy(P, depthwise="dense")
+
+
+@pytest.mark.parametrize("where", ["pattern", "overrides"])
+def test_a_flat_pattern_for_all_layers_is_refused(where: str) -> None:
+    flat = Pattern(1, 4, flat=True)
+    with pytest.raises(OptionError) as refusal:
+        Policy(flat) if where == "pattern" else Policy(P, overrides={"conv": flat})
+    assert str(refusal.value) == (
+        "pattern='1:4 flat': expected 'N:M', found a flat pattern, which is for depthwise convs "
+        "alone: '1:4' and depthwise='flat'."
+    )
+
+
 def test_a_layer_that_is_never_called_stays_dense_and_says_why() -> None:
     gm = trace(Model())
     gm.add_module("never", nn.Linear(8, 8))

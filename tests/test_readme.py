@@ -68,6 +68,9 @@ def test_python_blocks_run_and_print_the_table(tmp_path, monkeypatch):
             exec(block, namespace)
         printed.append(output.getvalue())
     assert without_taps(printed[0]) == without_taps(marked("output: diff"))
+    assert "rpn.head.cls_logits: is called by rpn.head (RPNHead), which torch.fx" in "".join(
+        printed
+    )
     assert printed[1] == "conv1: C_in/groups=3 is less than M=8\n"
     for picture in ("spatial_sparsity.png", "methods.png", "mask_dynamics.png"):
         assert (tmp_path / picture).stat().st_size > 10_000

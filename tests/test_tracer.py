@@ -203,26 +203,30 @@ def test_modules_are_kept_whole_by_name_glob_and_type(leaf: str | type[nn.Module
     assert Tracer([leaf]).is_leaf_module(model.inner, "inner")
 
 
-def test_control_flow_is_an_error_with_module_line_and_way_out() -> None:
+def test_control_flow_is_an_error_with_module_and_line() -> None:
     with pytest.raises(TraceError) as error:
         trace(ControlFlow())
     lines, first = inspect.getsourcelines(Inner.forward)
     at = first + next(i for i, line in enumerate(lines) if "if x.mean()" in line)
-    message = str(error.value)
     where = f"{inspect.getsourcefile(Inner)}:{at} `if x.mean() > 0:`"
-    assert message.startswith(
-        f"inner: expected a forward that torch.fx can follow, found at {where}"
+    assert str(error.value).startswith(
+        f"inner: expected a forward that torch.fx can follow, found at {where}: "
     )
-    assert "keep the module whole with exclude=['inner']" in message
+    assert error.value.module == "inner"
+    assert error.value.cause.startswith(where)
 
 
 def test_control_flow_of_the_model_itself_is_not_blamed_on_a_module_inside() -> None:
     with pytest.raises(TraceError) as error:
         trace(model_of("Sudden", lambda m, x: x if m.conv1(x).sum() > 0 else -x)())
-    message = str(error.value)
-    assert message.startswith("Sudden: ")
-    assert "if m.conv1(x).sum() > 0 else -x" in message
-    assert "exclude=" not in message  # there is no name to exclude, and nothing left to prepare
+    assert str(error.value).startswith("Sudden: ")
+    assert "if m.conv1(x).sum() > 0 else -x" in str(error.value)
+    assert error.value.module == ""
+
+
+def test_code_of_packages_whose_name_begins_with_torch_is_the_users() -> None:
+    with pytest.raises(TraceError, match=r"torchvision.*rpn\.py:\d+ `for feature in x:`"):
+        trace(torchvision.models.detection.rpn.RPNHead(8, 1))
 
 
 @pytest.mark.parametrize(

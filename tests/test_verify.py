@@ -243,3 +243,14 @@ def test_any_zero_pattern_is_seen_group_by_group() -> None:
         else:
             with pytest.raises(VerificationError, match="fc: expected at most 2"):
                 check_pattern("fc", layer, PATTERN)
+
+
+def test_a_flat_pattern_is_checked_in_its_own_groups() -> None:
+    layer, pattern = nn.Conv2d(6, 6, 3, groups=6), Pattern(1, 4, flat=True)
+    with torch.no_grad():
+        layer.weight.mul_(nm_mask(layer.weight, pattern))
+    check_pattern("conv", layer, pattern)
+    with torch.no_grad():
+        layer.weight[0, 0, 2, 2] = layer.weight[1, 0, 0, 0] = 1.0
+    with pytest.raises(VerificationError, match=r"non-zeros in every 4 consecutive weights of the"):
+        check_pattern("conv", layer, pattern)
