@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from spre_fx.errors import (
+    FileError,
     InvariantError,
     ModelError,
     OptionError,
@@ -24,16 +25,20 @@ from spre_fx.errors import (
 from spre_fx.patterns import Pattern
 
 if TYPE_CHECKING:
+    from spre_fx.adoption import adopt
     from spre_fx.api import finalize, prepare
     from spre_fx.comparison import Diff, diff
     from spre_fx.cost_report import Cost
     from spre_fx.costs import cost
     from spre_fx.criteria import SNIP, Criterion, GraSP, Taylor, update_taps
     from spre_fx.dynamics import MaskDynamics
+    from spre_fx.file_ledger import SavedFile
+    from spre_fx.files import load, save
     from spre_fx.granet import GraNet
     from spre_fx.inspection import SiteInfo, State, sites
     from spre_fx.lbc import LBC
     from spre_fx.methods import ASP, SRSTE, MaskMethod
+    from spre_fx.onnx_export import OnnxReport, check_onnx, export_onnx
     from spre_fx.permutation import ChannelPermutation
     from spre_fx.plots import plot_spatial_sparsity
     from spre_fx.schedules import CubicRamp, EveryK, EveryStep, Freeze, Schedule
@@ -54,6 +59,7 @@ __all__ = [
     "Diff",
     "EveryK",
     "EveryStep",
+    "FileError",
     "Freeze",
     "GraNet",
     "GraSP",
@@ -61,10 +67,12 @@ __all__ = [
     "MaskDynamics",
     "MaskMethod",
     "ModelError",
+    "OnnxReport",
     "OptionError",
     "Pattern",
     "PatternError",
     "RigL",
+    "SavedFile",
     "Schedule",
     "SiteInfo",
     "SpreError",
@@ -73,11 +81,16 @@ __all__ = [
     "TraceError",
     "UnstructuredMethod",
     "VerificationError",
+    "adopt",
+    "check_onnx",
     "cost",
     "diff",
+    "export_onnx",
     "finalize",
+    "load",
     "plot_spatial_sparsity",
     "prepare",
+    "save",
     "sites",
     "update_taps",
 ]
@@ -98,19 +111,26 @@ _HOME = {
     "LBC": "lbc",
     "MaskDynamics": "dynamics",
     "MaskMethod": "methods",
+    "OnnxReport": "onnx_export",
     "RigL": "unstructured",
     "SNIP": "criteria",
     "SRSTE": "methods",
+    "SavedFile": "file_ledger",
     "Schedule": "schedules",
     "SiteInfo": "inspection",
     "State": "inspection",
     "Taylor": "criteria",
     "UnstructuredMethod": "unstructured",
+    "adopt": "adoption",
+    "check_onnx": "onnx_export",
     "cost": "costs",
     "diff": "comparison",
+    "export_onnx": "onnx_export",
     "finalize": "api",
+    "load": "files",
     "plot_spatial_sparsity": "plots",
     "prepare": "api",
+    "save": "files",
     "sites": "inspection",
     "update_taps": "criteria",
 }

@@ -21,6 +21,10 @@ class ModelError(SpreError, ValueError):
     """A model that cannot be taken as it is: quantised, on the meta device, prepared twice, ..."""
 
 
+class FileError(SpreError, ValueError):
+    """A file that cannot be loaded: truncated, damaged, of another kind or of a newer version."""
+
+
 class TraceError(ModelError):
     """A module whose forward `torch.fx` cannot follow.
 

@@ -64,14 +64,15 @@ class Branch:
 def fold_batch_norm(branch: Branch) -> tuple[Tensor, Tensor | None]:
     """Fold the BN of a branch into its weight and bias.
 
-    Zeros of the weight come out as exactly 0, even if a variance of zero makes the scale infinite.
+    Zeros of the weight come out as exactly +0, whatever the sign a mask left them with, and even if
+    a variance of zero makes the scale infinite.
 
     Returns:
         Weight and bias in float64. The bias is None only without a bias and without a BN.
     """
     weight, bias, bn = _float64(branch.weight), _optional(branch.bias), branch.bn
     if bn is None:
-        return weight, bias
+        return weight.masked_fill(weight == 0, 0.0), bias
     folded, shift = fuse_conv_bn_weights(
         weight,
         bias,

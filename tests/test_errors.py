@@ -12,6 +12,7 @@ from spre_fx import errors
         (errors.PatternError, ValueError),
         (errors.OptionError, ValueError),
         (errors.ModelError, ValueError),
+        (errors.FileError, ValueError),
         (errors.TraceError, errors.ModelError),
         (errors.InvariantError, RuntimeError),
         (errors.VerificationError, RuntimeError),

@@ -133,6 +133,11 @@ def test_an_infinite_scale_leaves_masked_weights_zero() -> None:
     assert folded.tolist() == [[0.0, 0.0], [0.0, torch.inf]]
 
 
+def test_a_zero_that_a_mask_left_negative_comes_out_positive() -> None:
+    weight, _ = fold_batch_norm(Branch(torch.tensor([[-0.0, -1.0]]), None, None))
+    assert torch.signbit(weight).tolist() == [[False, True]]
+
+
 def test_nothing_is_changed_in_place_or_shared() -> None:
     weight, bias = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
     before = weight.clone(), bias.clone()

@@ -8,6 +8,7 @@ import pytest
 import spre_fx
 
 HEAVY = ("networkx", "matplotlib", "torchvision", "sklearn", "tqdm", "tabulate", "spre_fx.passes")
+HEAVY += ("onnx", "onnxruntime", "onnxscript", "openvino", "safetensors")
 
 
 def test_importing_imports_nothing_heavy():

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torchvision.models import ResNet
+from torchvision.models import ResNet, resnet50
 from torchvision.models.resnet import BasicBlock
 
 import spre_fx
+from spre_fx import masks
 from spre_fx.cli import _parser
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,16 @@ def train(model: nn.Module) -> None:
         optimizer.step()
 
 
+def sparse_elsewhere() -> nn.Module:
+    """A dense model with 2:4 weights."""
+    model = small_resnet()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 4 and parameter.shape[1] >= 4:
+                parameter.mul_(masks.nm_mask(parameter, spre_fx.Pattern(2, 4)))
+    return model
+
+
 def without_taps(table: str) -> list[str]:
     """The lines of a table; how many taps are live depends on random numbers."""
     return [re.sub(r"\d/9", "-/9", line).rstrip() for line in table.strip().splitlines()]
@@ -48,6 +59,7 @@ def without_taps(table: str) -> list[str]:
 def test_python_blocks_run_and_print_the_table(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"spre_fx": spre_fx, "torch": torch, "model": small_resnet(), "train": train}
+    namespace["dense"] = sparse_elsewhere()
     namespace["images"] = torch.ones(2, 3, 64, 64)  # draws no random number
     printed = []
     assert len(blocks("python")) >= 5
@@ -62,6 +74,17 @@ def test_python_blocks_run_and_print_the_table(tmp_path, monkeypatch):
     assert printed[1] == "conv1: C_in/groups=3 is less than M=8\n"
     for picture in ("spatial_sparsity.png", "methods.png", "mask_dynamics.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
+
+
+def test_the_ledger_is_the_one_printed(tmp_path):
+    """But for the bytes of the description, which differ between versions of torch."""
+    deployed = spre_fx.finalize(spre_fx.prepare(resnet50(), "1:16"))
+    printed = spre_fx.save(deployed, tmp_path / "model").totals().splitlines()
+    shown = marked("output: ledger").splitlines()
+    assert [line.rstrip() for line in printed[:5]] == [line.rstrip() for line in shown[:5]]
+    for ours, theirs in zip(printed[5:], shown[5:], strict=True):
+        share = [float(line.split()[-1].removesuffix("%")) for line in (ours, theirs)]
+        assert abs(share[0] - share[1]) < 0.03
 
 
 def test_every_block_is_run_by_some_test():

@@ -1,0 +1,78 @@
+"""Deployed models under torch.export and AOTInductor: any batch, and the same bits from a file."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from models import AuxiliaryHead, DropPath, Residual, TwoHeads
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
+
+import spre_fx
+
+SHAPE = (3, 8, 6, 6)
+
+
+def deploy(kind: type) -> GraphModule:
+    return spre_fx.finalize(spre_fx.prepare(kind(), "2:4"))
+
+
+def export(deployed: GraphModule) -> torch.export.ExportedProgram:
+    batch = {0: torch.export.Dim("batch")}
+    return torch.export.export(deployed, (torch.randn(SHAPE),), dynamic_shapes=(batch,))
+
+
+def results(module: object, x: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return tree_leaves(module(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_both_ways_of_tracing_agree(strict):
+    deployed, x = deploy(Residual), torch.randn(SHAPE)
+    program = torch.export.export(deployed, (x,), strict=strict)
+    assert torch.equal(program.module()(x), deployed(x))
+    assert not [n for n in program.graph.nodes if "spre_fx" in str(n.target)]
+
+
+@pytest.mark.parametrize("kind", [Residual, TwoHeads, AuxiliaryHead, DropPath])
+def test_any_batch_from_a_file_has_the_same_bits(kind, tmp_path):
+    deployed = deploy(kind)
+    torch.export.save(export(deployed), tmp_path / "model.pt2")
+    module = torch.export.load(tmp_path / "model.pt2").module()
+    for batch in (1, 2, 9):
+        x = torch.randn(batch, *SHAPE[1:])
+        assert all(map(torch.equal, results(module, x), results(deployed, x)))
+
+
+def test_a_fresh_process_without_this_library_agrees(tmp_path):
+    deployed, x = deploy(Residual), torch.randn(7, *SHAPE[1:])
+    torch.export.save(export(deployed), tmp_path / "model.pt2")
+    torch.save({"x": x, "y": deployed(x).detach()}, tmp_path / "io.pt")
+    code = """
+import sys, torch
+torch.set_num_threads(1)
+io = torch.load("io.pt", weights_only=True)
+assert torch.equal(torch.export.load("model.pt2").module()(io["x"]), io["y"])
+assert "spre_fx" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+@pytest.mark.slow  # compiles C++
+def test_an_aot_inductor_package_agrees(tmp_path):
+    deployed = deploy(Residual)
+    path = str(tmp_path / "model.pt2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own code, compiling
+        made = torch._inductor.aoti_compile_and_package(export(deployed), package_path=path)
+        package = torch._inductor.aoti_load_package(made)
+    assert Path(made).stat().st_size > 0
+    for batch in (1, 5):
+        x = torch.randn(batch, *SHAPE[1:])
+        (y,), (expected,) = results(package, x), results(deployed, x)
+        assert (y - expected).abs().max() < 1e-5 * expected.abs().max()
