@@ -160,3 +160,15 @@ def test_is_prepared_looks_for_an_nm_layer_anywhere_inside() -> None:
     make_nm(model[2], Pattern(2, 4), SRSTE(), keep_masks=False)
     assert is_prepared(model)
     assert is_prepared(nn.Sequential(nn.Sequential(model)))
+
+
+def test_finite_weights_may_have_an_infinite_sum() -> None:
+    model = nn.Linear(4, 4)
+    with torch.no_grad():
+        model.weight.fill_(3e38)
+    check_tensors(model)
+    with torch.no_grad():
+        model.weight[1, 2] = torch.inf
+        model.weight[2, 1] = -torch.inf
+    with pytest.raises(ModelError, match=r"weight: .* found 0 NaN and 2 infinite values"):
+        check_tensors(model)
