@@ -71,9 +71,8 @@ class WireMasks(Pass):
             self._sparsify(view.candidates[name], pattern, sites[name], update)
         for name, skip in skipped.items():
             module = view.candidates[name].module
-            if module is not None and not isinstance(module, NMLayer):
-                record = records.Record(reason=str(skip.reason), note=skip.detail)
-                records.write(module, record)
+            if not isinstance(module, NMLayer):
+                records.note(module, skip.reason, skip.detail)
         return Account(tuple(applied), skipped)
 
     def _add_schedule(self, graph_module: GraphModule) -> Node | None:

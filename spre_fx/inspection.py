@@ -15,11 +15,12 @@ from torch.fx import Graph, GraphModule
 
 from spre_fx import records
 from spre_fx.modules import Layer, NMLayer
-from spre_fx.passes.base import Reason
+from spre_fx.passes.base import Reason, Skip
 from spre_fx.passes.branches import masked_weight, spre_weight
 from spre_fx.passes.edit import copy_model
 from spre_fx.passes.graph_view import Candidate, GraphView
 from spre_fx.passes.matcher import Site, match_site
+from spre_fx.passes.modularise_calls import read_layer
 from spre_fx.passes.regions import assemble, divide, find_regions, is_divided
 from spre_fx.unstructured import UnstructuredMethod
 
@@ -180,7 +181,9 @@ def _describe_call(view: GraphView, candidate: Candidate) -> SiteInfo:
     if candidate.calls:
         function = getattr(candidate.calls[0].target, "__name__", "function")
         what, reason = f"F.{function}", Reason.FUNCTIONAL
-        note = f"{function} is called as a function"
+        call = read_layer(view, candidate)
+        why = call.detail if isinstance(call, Skip) else f"{function} is called as a function"
+        note = why.removeprefix(f"{candidate.name}: ")
     return SiteInfo(
         name=candidate.name,
         state=State.DENSE,
