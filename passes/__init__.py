@@ -10,7 +10,8 @@ from spre_fx.passes.permute_channels import PermuteChannels
 from spre_fx.passes.pipeline import Pipeline, deployment_pipeline, training_pipeline
 from spre_fx.passes.policy import Policy
 from spre_fx.passes.specialise_to_eval import SpecialiseToEval
-from spre_fx.passes.tracer import Tracer, trace
+from spre_fx.passes.tracer import Tracer
+from spre_fx.passes.tracing import trace
 from spre_fx.passes.wire_masks import WireMasks
 from spre_fx.passes.wire_unstructured import WireUnstructured
 

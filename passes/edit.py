@@ -40,6 +40,24 @@ def _detached(model: nn.Module) -> dict[int, Any]:
     return {id(result): result.detach().clone() for result in results}
 
 
+def keep_owners(root: nn.Module, graph_module: GraphModule) -> None:
+    """Let convs, linears and norms whose parameters functions read be there, not just an outline.
+
+    Args:
+        root: The traced model.
+        graph_module: Its graph; for such parameters torch.fx makes it an empty `nn.Module`.
+    """
+    names = [str(n.target) for n in graph_module.graph.nodes if n.op == "get_attr"]
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        module = root.get_submodule(owner) if owner else None
+        if isinstance(module, _OWNERS):
+            parent, _, leaf = owner.rpartition(".")
+            graph_module.get_submodule(parent)._modules[leaf] = module
+
+
+_OWNERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.Linear)
+
+
 def add_module(root: nn.Module, name: str, module: nn.Module) -> str:
     """Add `module` under `name`, or under `name` with a number where that is taken.
 

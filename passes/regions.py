@@ -23,8 +23,10 @@ from spre_fx import records
 from spre_fx.batch_norm import is_batch_norm
 from spre_fx.errors import TraceError
 from spre_fx.modules import Layer
+from spre_fx.passes.edit import keep_owners
 from spre_fx.passes.outside_code import read_code
-from spre_fx.passes.tracer import Tracer, keep_owners, trace_in_place
+from spre_fx.passes.tracer import Tracer
+from spre_fx.passes.tracing import trace_in_place
 from spre_fx.subclasses import carry_hooks, has_hooks
 
 

@@ -15,7 +15,7 @@ from spre_fx.passes.base import Reason, Skip
 from spre_fx.passes.graph_view import Candidate, GraphView
 from spre_fx.passes.pipeline import deployment_pipeline
 from spre_fx.passes.policy import Policy
-from spre_fx.passes.tracer import trace
+from spre_fx.passes.tracing import trace
 from spre_fx.pattern_search import (
     LIMIT,
     LIMIT_IF_KNOWN,

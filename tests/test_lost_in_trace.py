@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import spre_fx
 from spre_fx import TraceError
-from spre_fx.passes.tracer import trace
+from spre_fx.passes.tracing import trace
 
 
 class Net(nn.Module):
