@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from spre_fx.onnx_export import OnnxReport, check_onnx, export_onnx
     from spre_fx.permutation import ChannelPermutation
     from spre_fx.plots import plot_spatial_sparsity
+    from spre_fx.ranks import keep_masks_from_ddp
     from spre_fx.schedules import CubicRamp, EveryK, EveryStep, Freeze, Schedule
     from spre_fx.unstructured import GMP, RigL, UnstructuredMethod
 
@@ -87,6 +88,7 @@ __all__ = [
     "diff",
     "export_onnx",
     "finalize",
+    "keep_masks_from_ddp",
     "load",
     "plot_spatial_sparsity",
     "prepare",
@@ -127,6 +129,7 @@ _HOME = {
     "diff": "comparison",
     "export_onnx": "onnx_export",
     "finalize": "api",
+    "keep_masks_from_ddp": "ranks",
     "load": "files",
     "plot_spatial_sparsity": "plots",
     "prepare": "api",

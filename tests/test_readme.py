@@ -98,7 +98,7 @@ def test_commands_do_their_own_set_up(marker):
     (command,) = marked(marker).splitlines()
     set_up, install, run = command.split(" && ")
     assert set_up == "python3 -m venv .venv"
-    assert re.fullmatch(r"\.venv/bin/pip install -q -e '\.\[(demo|test)\]'", install)
+    assert re.fullmatch(r"\.venv/bin/pip install -q -e '\.\[(demo|test,zoo)\]'", install)
     assert run.startswith(".venv/bin/python ")
     script = run.split()[1]
     assert script == "-m" or (ROOT / script).is_file()
