@@ -233,7 +233,8 @@ def _parts(consumers: Sequence[Consumer]) -> list[_Part]:
     alike: dict[tuple[object, ...], tuple[Tensor, int, list[Tensor]]] = {}
     for consumer in consumers:
         members, columns = _members_and_columns(consumer)
-        key = (consumer.pattern, tuple(members.flatten().tolist()))
+        # One column more in the place of the padding is a channel that stays.
+        key = (consumer.pattern, len(columns), tuple(members.flatten().tolist()))
         alike.setdefault(key, (members, consumer.pattern.n, []))[2].append(columns)
     slots = len(consumers[0].slots)
     return [_Part(torch.cat(cs, 1), members, slots, n) for members, n, cs in alike.values()]

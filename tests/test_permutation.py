@@ -135,6 +135,16 @@ def test_slots_are_filled_and_other_channels_stay():
     assert kept(after, pattern) == pytest.approx(best, rel=1e-12)
 
 
+def test_padding_in_one_layer_and_a_channel_that_stays_in_another():
+    pattern, slots = Pattern(1, 4), torch.arange(7)
+    padded, full = heavy_tailed(7, 9, seed=3), heavy_tailed(8, 9, seed=4)
+    order = best_order([Consumer(m, pattern, slots) for m in (padded, full)], ChannelPermutation())
+    before = kept(padded, pattern) + kept(full, pattern)
+    after = kept(padded[order], pattern) + kept(torch.cat([full[order], full[7:]]), pattern)
+    assert sorted(order.tolist()) == slots.tolist()
+    assert after > before
+
+
 def test_a_time_limit_ends_the_search_early():
     magnitude = heavy_tailed(64, 40, seed=0)
     consumer = Consumer(magnitude, Pattern(2, 4), torch.arange(64))
