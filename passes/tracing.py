@@ -130,10 +130,10 @@ def _has_own_modes(module: nn.Module) -> bool:
 @contextlib.contextmanager
 def _hidden_modes(root: nn.Module) -> Iterator[None]:
     """Keep `training` where reading it goes through `nn.Module.__getattr__`, and so the tracer."""
-    modes = {module: module.training for module in root.modules()}
+    modes = {module: module.training for module in root.modules() if "training" in vars(module)}
     try:
         for module, mode in modes.items():
-            del module.__dict__["training"]
+            del vars(module)["training"]
             module._buffers["training"] = mode  # type: ignore[assignment]  # no tensor, but found
         yield
     finally:
