@@ -184,9 +184,14 @@ def _called_twice(_: GraphView, candidate: Candidate) -> str | None:
 
 def _hooks(_: GraphView, candidate: Candidate) -> str | None:
     module = candidate.module
-    if module is None or not has_hooks(module):
+    if module is None or not has_hooks(module) or _has_branch(module):
         return None
     return "carries hooks, which see what it computes alone: no SpRe branch, and nothing is folded"
+
+
+def _has_branch(module: nn.Module | None) -> bool:
+    """Whether a conv has its SpRe branch already, so that a hook came later and is of training."""
+    return isinstance(module, NMLayer) and module.live_taps is not None
 
 
 def _read_elsewhere(view: GraphView, candidate: Candidate) -> str | None:
@@ -259,7 +264,7 @@ def _bn_read_elsewhere(view: GraphView, candidate: Candidate) -> str | None:
 
 def _bn_hooks(view: GraphView, candidate: Candidate) -> str | None:
     bn, module = _bn(view, candidate)
-    if not has_hooks(module):
+    if not has_hooks(module) or _has_branch(candidate.module):
         return None
     return f"is followed by {bn.target}, which carries hooks: no SpRe branch, nothing is folded"
 

@@ -115,12 +115,16 @@ def _difference(module: nn.Module, new: nn.Module) -> str | None:
 
 def _other_tensors(module: nn.Module, new: nn.Module) -> str | None:
     parameters = _shapes(module._parameters) == _shapes(new._parameters)
-    return None if parameters and _shapes(module._buffers) == _shapes(new._buffers) else "tensors"
+    return (
+        None
+        if parameters and _shapes(module._buffers) == _shapes(new._buffers)
+        else "set of tensors"
+    )
 
 
 def _other_parts(module: nn.Module, new: nn.Module) -> str | None:
     if [*map(type, module.children())] != [*map(type, new.children())]:
-        return "parts"
+        return "set of modules inside"
     for (name, part), other in zip(module.named_children(), new.children(), strict=True):
         difference = _difference(part, other)
         if difference is not None:

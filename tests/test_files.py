@@ -28,6 +28,9 @@ from spre_fx.passes import trace
 REFUSED = {
     "CustomForward": r"conv1: expected a layer of torch\.nn, found a models\.Standardised\. A file",
     "Parametrised": r"conv1: .* found a torch\.nn\.utils\.parametrize\.ParametrizedConv2d\.",
+    "ParametrisedOtherwise": r"conv2: .* found a torch\.nn\.utils\.parametrize\.ParametrizedConv",
+    "Hooked": r"conv1: expected no hooks, found forward_hooks: they are Python code, which a file",
+    "conv with norm": r"conv: expected a layer of torch\.nn, found a Conv2d whose set of modules",
 }
 NOTHING_TO_SPARSIFY = ("TiedConvs", "depthwise", "few channels")
 

@@ -106,8 +106,8 @@ def with_another_option() -> nn.Module:
         (lambda: nn.LSTM(3, 4), r"a torch\.nn\.modules\.rnn\.LSTM"),
         (nn.Sequential, r"a torch\.nn\.modules\.container\.Sequential"),
         (with_forward, r"a Conv2d whose forward does not follow from its options"),
-        (with_another_weight, r"a Conv2d whose tensors does not follow"),
-        (with_another_part, r"a MultiheadAttention whose parts does not follow"),
+        (with_another_weight, r"a Conv2d whose set of tensors does not follow"),
+        (with_another_part, r"a MultiheadAttention whose set of modules inside does not follow"),
         (with_another_option, r"a Conv2d whose _reversed_padding_repeated_twice does not follow"),
     ],
 )

@@ -392,3 +392,15 @@ def test_whether_a_model_is_divided() -> None:
     assert not is_divided(Inside())
     assert is_divided(spre_fx.prepare(Inside(), "1:4"))
     assert is_divided(spre_fx.finalize(spre_fx.prepare(Opaque(), "1:4")))
+
+
+def test_hooks_that_came_in_training_do_not_keep_a_site_from_being_folded() -> None:
+    prepared = spre_fx.prepare(made(block), "1:4")
+    seen = []
+    prepared.conv.register_forward_hook(lambda module, args, output: seen.append(output))
+    prepared.bn.register_forward_hook(lambda module, args, output: seen.append(output))
+    train(prepared, steps=1)
+    assert len(seen) == 2
+    deployed = spre_fx.finalize(prepared)
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(deployed(x), prepared.eval()(x), rtol=1e-10, atol=1e-10)
