@@ -23,7 +23,12 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+HEAVY = "vgg16_bn"  # a hundred million weights in one linear layer
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == HEAVY)) for n in MODELS]
+)
 def test_prepare_train_finalize(name):
     options, size = MODELS[name]
     model = torchvision.models.get_model(name, weights=None, num_classes=8, **options)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import spre_fx
+from spre_fx.audit import audit
 from spre_fx.modules import NMLayer
 from spre_fx.passes.regions import Region, assemble, divide, find_regions, is_divided
 
@@ -404,3 +406,46 @@ def test_hooks_that_came_in_training_do_not_keep_a_site_from_being_folded() -> N
     deployed = spre_fx.finalize(prepared)
     x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
     torch.testing.assert_close(deployed(x), prepared.eval()(x), rtol=1e-10, atol=1e-10)
+
+
+def test_graph_modules_and_containers_inside_a_model_are_followed() -> None:
+    class Containers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.traced = torch.fx.symbolic_trace(block())
+            self.items = nn.ModuleList([block(), block()])
+            self.named = nn.ModuleDict({"one": block(), "two": nn.Sequential(block())})
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.traced(x)
+            for item in self.items:
+                x = item(x)
+            return self.named["two"](self.named["one"](x))
+
+    model = made(Containers)
+    prepared = spre_fx.prepare(model, "1:4")
+    assert isinstance(prepared, GraphModule)
+    states = {site.name: site.state for site in spre_fx.sites(prepared)}
+    layers = ("traced", "items.0", "items.1", "named.one", "named.two.0")
+    assert states == {f"{name}.conv": spre_fx.State.SPRE for name in layers}
+    train(prepared)
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    deployed = spre_fx.finalize(prepared)
+    torch.testing.assert_close(deployed(x), prepared.eval()(x), rtol=1e-10, atol=1e-10)
+
+
+def test_taps_by_gradient_pictures_and_audits_take_divided_models(tmp_path: Path) -> None:
+    prepared = spre_fx.prepare(made(Inside), "1:4", criterion="taylor")
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    assert spre_fx.update_taps(prepared, lambda: prepared(x).square().mean())
+    taps = [m for n, m in prepared.state_dict().items() if n.endswith("live_taps.taken")]
+    assert len(taps) == 5
+    assert all(taps)
+    spre_fx.plot_spatial_sparsity(prepared, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    tracker = spre_fx.MaskDynamics(prepared)
+    tracker.record(0)
+    assert {row.site for row in tracker.rows} >= {"opaque.part.conv", "opaque.conv"}
+    found = audit(prepared)
+    assert found.ok
+    assert len(found.layers) == 12
