@@ -12,6 +12,7 @@ stands in the model, they are names from its own root.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, Layer) or (weight is not None and weight.dim() > 1 and own)
 
 
-class _Walk:
+class _Walk(ABC):
     """Goes through a model from its root to its layers; what it meets becomes regions."""
 
     def __init__(self, root: nn.Module) -> None:
@@ -155,12 +156,12 @@ class _Walk:
                 seen.add(module)
                 yield from self.visit(module, caller)
 
+    @abstractmethod
     def visit(self, module: nn.Module, caller: str) -> Iterator[Region]:
         """The region that starts at a module which `caller` calls, if one does."""
-        raise NotImplementedError
 
-    def next(self, modules: Iterable[nn.Module], caller: str) -> None:
-        """Go on with modules inside that of this visit."""
+    def go_on_with(self, modules: Iterable[nn.Module], caller: str) -> None:
+        """Visit these next: modules inside that of this visit."""
         self.waiting.extendleft((module, caller) for module in reversed(list(modules)))
 
     def alone(self, module: nn.Module, caller: str) -> Region:
@@ -185,11 +186,11 @@ class _Search(_Walk):
             yield Region(names, _from_root(module, names[0]))
             called = {str(n.target) for n in module.graph.nodes if n.op == "call_module"}
             inside = [module.get_submodule(name) for name in sorted(called)]
-            self.next([m for m in inside if not self.is_kept_whole(m)], caller)
+            self.go_on_with([m for m in inside if not self.is_kept_whole(m)], caller)
         elif self.is_kept_whole(module):
             yield self.alone(module, caller)
         else:
-            self.next(module.children(), caller)
+            self.go_on_with(module.children(), caller)
 
 
 def _from_root(graph_module: GraphModule, path: str) -> GraphModule:
@@ -219,7 +220,7 @@ class _Division(_Walk):
                 called = {str(n.target) for n in traced.graph.nodes if n.op == "call_module"}
                 inside = [module.get_submodule(leaf) for leaf in sorted(leaves & called)]
                 yield Region(names, _from_root(traced, names[0]))
-                self.next(inside, caller)
+                self.go_on_with(inside, caller)
                 return
             caller = f"{names[0] or 'the model'} ({type(module).__name__})"
             caller += f", which torch.fx cannot follow: {traced.cause}"
@@ -262,7 +263,7 @@ class _Division(_Walk):
         for inner in code.read:
             who = caller.partition(",")[0]
             _note_shared(inner, f"its weight is read by {who}, which torch.fx cannot follow")
-        self.next(module.children(), caller)
+        self.go_on_with(module.children(), caller)
 
     def _note_tied_parameters(self) -> None:
         """A region does not show who holds its parameters outside of it."""
