@@ -89,8 +89,9 @@ def recipe(name: str) -> Recipe:
     ):
         if name.startswith(start):
             return found
-    shapes = {"video": (3, 8, 64, 64), "optical flow": (3, 128, 128)}
-    return Recipe(shape=shapes.get(kind, (3, 64, 64)))
+    if kind == "optical flow":
+        return Recipe(shape=(3, 128, 128), remark="its coordinates are float32")
+    return Recipe(shape=(3, 8, 64, 64) if kind == "video" else (3, 64, 64))
 
 
 def _detection(name: str) -> Recipe:
@@ -114,7 +115,9 @@ def build(name: str) -> nn.Module:
     if name in _FROZEN:
         _freeze(model.get_submodule("backbone"))
     count = sum(parameter.numel() for parameter in model.parameters())
-    return randomise(model.to(torch.float64 if count <= FLOAT64_PARAMETERS else torch.float32))
+    # RAFT makes its coordinates in float32, whatever its weights are.
+    small = count <= FLOAT64_PARAMETERS and family(name) != "optical flow"
+    return randomise(model.to(torch.float64 if small else torch.float32))
 
 
 def _freeze(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from spre_fx.errors import ModelError
 from spre_fx.modules import NMLayer
@@ -35,8 +36,8 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 def _detached(model: nn.Module) -> dict[int, Any]:
     """What to copy of results that a forward left in attributes, which torch does not copy."""
-    values = [value for module in model.modules() for value in vars(module).values()]
-    results = [v for v in values if isinstance(v, Tensor) and not v.is_leaf]
+    held = [value for module in model.modules() for value in vars(module).values()]
+    results = [v for v in tree_leaves(held) if isinstance(v, Tensor) and not v.is_leaf]
     return {id(result): result.detach().clone() for result in results}
 
 

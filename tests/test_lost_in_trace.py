@@ -58,6 +58,7 @@ class Counts(Net):
 class Remembers(Net):
     def forward(self, x: Tensor) -> Tensor:
         self.seen = self.first(x)
+        self.all_seen = {"first": [self.seen]}
         return self.last(self.seen)
 
 
@@ -78,7 +79,7 @@ LOST: dict[type[Net], str] = {
     CheckpointedReentrant: CONTEXT,
     Counts: "Counts: expected a forward that leaves its module as it is, found one that writes the "
     "attribute 'calls'.",
-    Remembers: "found one that writes the attribute 'seen'.",
+    Remembers: "Remembers: expected a forward that leaves its module as it is, found one that",
     Optional: "Optional: expected a forward that does the same with and without its optional "
     "arguments, found one that looks whether mask is None.",
 }
