@@ -36,7 +36,12 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 def _detached(model: nn.Module) -> dict[int, Any]:
     """What to copy of results that a forward left in attributes, which torch does not copy."""
-    held = [value for module in model.modules() for value in vars(module).values()]
+    held = [
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if not name.startswith("_")  # those of nn.Module hold no results
+    ]
     results = [v for v in tree_leaves(held) if isinstance(v, Tensor) and not v.is_leaf]
     return {id(result): result.detach().clone() for result in results}
 

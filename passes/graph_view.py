@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import networkx as nx
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ class GraphView:
     def __init__(self, graph_module: GraphModule) -> None:
         self.graph_module = graph_module
         self.modules = dict(graph_module.named_modules(remove_duplicate=False))
+        self.chains: dict[Node, Any] = {}  # what the matcher has followed from a conv already
 
     @cached_property
     def digraph(self) -> nx.DiGraph[Node]:

@@ -199,9 +199,12 @@ def _read_elsewhere(view: GraphView, candidate: Candidate) -> str | None:
 
 
 def _chain(view: GraphView, candidate: Candidate) -> Chain:
-    layer = candidate.module
+    layer, call = candidate.module, candidate.calls[0]
     assert isinstance(layer, _ConvNd)
-    return follow(view, candidate.calls[0], layer)
+    if call not in view.chains:
+        view.chains[call] = follow(view, call, layer)
+    found: Chain = view.chains[call]
+    return found
 
 
 def _other_users(view: GraphView, candidate: Candidate) -> str | None:

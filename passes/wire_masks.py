@@ -23,7 +23,7 @@ from spre_fx import masks, records
 from spre_fx.criteria import Criterion, CriterionTaps
 from spre_fx.errors import InvariantError
 from spre_fx.methods import MaskMethod
-from spre_fx.modules import MaskSchedule, NMLayer, emit_masks, make_nm
+from spre_fx.modules import MaskSchedule, NMLayer, SpReConv, emit_masks, make_nm
 from spre_fx.passes.base import Account, Pass, Skip
 from spre_fx.passes.edit import add_module
 from spre_fx.passes.graph_view import Candidate, GraphView, input_of
@@ -113,6 +113,9 @@ class WireMasks(Pass):
     def ensures(self, graph_module: GraphModule) -> None:
         """Every SpRe branch takes its mask from a conv."""
         view = GraphView(graph_module)
+        branches = [n for n in view.digraph if isinstance(view.module_of(n), SpReConv)]
+        if all(len(branch.args) == 2 for branch in branches):
+            return
         for name, candidate in view.candidates.items():
             site = match_site(view, candidate)
             if isinstance(site, Site) and site.spre is not None and len(site.spre.conv.args) != 2:
