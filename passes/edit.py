@@ -40,7 +40,7 @@ def _detached(model: nn.Module) -> dict[int, Any]:
         value
         for module in model.modules()
         for name, value in vars(module).items()
-        if not name.startswith("_")  # those of nn.Module hold no results
+        if isinstance(value, Tensor | list | tuple | dict) and not name.startswith("_")
     ]
     results = [v for v in tree_leaves(held) if isinstance(v, Tensor) and not v.is_leaf]
     return {id(result): result.detach().clone() for result in results}
