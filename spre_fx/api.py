@@ -225,7 +225,7 @@ def _clock(
     root: nn.Module, regions: list[Region], method: MaskMethod, schedule: Schedule
 ) -> MaskSchedule | None:
     """What counts the forwards of a model that is no graph, which could do it, but has graphs."""
-    if len(regions) == 1 and regions[0].names == ("",):
+    if not regions or (len(regions) == 1 and regions[0].names == ("",)):
         return None
     if isinstance(method, UnstructuredMethod):
         raise ModelError(

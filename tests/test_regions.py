@@ -136,6 +136,7 @@ MODELS = {
     kind.__name__: kind for kind in (Opaque, Inside, TwoUses, Tied, TakenApart, Hooked, KeptWhole)
 }
 every_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+GMP_OPTIONS = {"method": "gmp", "schedule": spre_fx.CubicRamp(0, 4)}
 METHODS = {
     "sr-ste": {},
     "every third step": {"schedule": spre_fx.EveryK(3)},
@@ -357,7 +358,7 @@ def test_a_prepared_backbone_is_finalized_where_it_stands() -> None:
 def test_an_unstructured_method_needs_one_graph() -> None:
     model = Opaque()
     with pytest.raises(spre_fx.ModelError) as error:
-        spre_fx.prepare(model, "1:4", method="gmp", schedule=spre_fx.CubicRamp(0, 4))
+        spre_fx.prepare(model, "1:4", **GMP_OPTIONS)
     assert str(error.value) == (
         "method=GMP: expected a model that torch.fx can follow whole, since such a method looks at "
         "all its layers at once, found Opaque, which it can follow in parts only. Choose an N:M "
@@ -449,3 +450,9 @@ def test_taps_by_gradient_pictures_and_audits_take_divided_models(tmp_path: Path
     found = audit(prepared)
     assert found.ok
     assert len(found.layers) == 12
+
+
+@pytest.mark.parametrize("options", [{}, {"schedule": spre_fx.EveryK(2)}, GMP_OPTIONS])
+def test_a_model_without_layers_has_nothing_to_sparsify(options: dict[str, object]) -> None:
+    with pytest.raises(spre_fx.ModelError, match="found no conv or linear at all"):
+        spre_fx.prepare(nn.Sequential(nn.ReLU()), "1:4", **options)
