@@ -172,8 +172,7 @@ class PackedConv2d(_Packed):
         Raises:
             ModelError: If it cannot be packed; `refusal` says so beforehand.
         """
-        padding, reason = _padding(conv), refusal(conv)
-        if padding is None or reason is not None:
+        if (reason := refusal(conv)) is not None or (padding := _padding(conv)) is None:
             raise ModelError(f"the layer cannot be packed: {reason}")
         return cls(
             conv.weight,
