@@ -28,14 +28,22 @@ inline Step with_tile(const Step& step) {
   return s;
 }
 
-template <class X, class Sparse, class Wide>
+template <class X, class Sparse, class Halved, class Wide>
 struct Runner {
+  // `then(traits)`, those that read the weights of a sparse conv.
+  template <class Then>
+  static auto with_traits(const Step& s, Then then) {
+    if (s.channel_group != Sparse::kGroup) return then(Wide());
+    return s.halves ? then(Halved()) : then(Sparse());
+  }
+
   static int64_t scratch(const Step& step) {
     const Step s = with_tile(step);
     switch (s.kind) {
       case kSparseConv:
-        if (s.channel_group == Sparse::kGroup) return SparseConv<Sparse>(s).scratch_bytes();
-        return SparseConv<Wide>(s).scratch_bytes();
+        return with_traits(s, [&](auto traits) {
+          return SparseConv<decltype(traits)>(s).scratch_bytes();
+        });
       case kDenseConv:
         return DenseConv<X>(s).scratch_bytes();
       default:
@@ -53,10 +61,9 @@ struct Runner {
     const X* weight = reinterpret_cast<const X*>(bytes);
     switch (s.kind) {
       case kSparseConv:
-        if (s.channel_group == Sparse::kGroup) {
-          return SparseConv<Sparse>(s).run(x, y, residual, bytes, bias, worker);
-        }
-        return SparseConv<Wide>(s).run(x, y, residual, bytes, bias, worker);
+        return with_traits(s, [&](auto traits) {
+          SparseConv<decltype(traits)>(s).run(x, y, residual, bytes, bias, worker);
+        });
       case kDenseConv:
         return DenseConv<X>(s).run(x, y, residual, weight, bias, worker);
       case kDepthwiseConv:
@@ -76,9 +83,9 @@ struct Runner {
   }
 };
 
-using Float32Runner = Runner<float, Float32Traits, WideFloat32Traits>;
+using Float32Runner = Runner<float, Float32Traits, HalvedFloat32Traits, WideFloat32Traits>;
 #ifdef SPRE_HAS_BFLOAT16
-using BFloat16Runner = Runner<BFloat16, BFloat16Traits, BFloat16Traits>;
+using BFloat16Runner = Runner<BFloat16, BFloat16Traits, BFloat16Traits, BFloat16Traits>;
 #endif
 
 inline void run_step(const Step& s, void* const* buffers, const Worker& worker) {
@@ -124,7 +131,7 @@ inline void work(const Job& job, int64_t thread, int64_t threads) {
 
 #define SPRE_EXPORT extern "C" __attribute__((visibility("default")))
 
-SPRE_EXPORT int64_t spre_version() { return 1; }
+SPRE_EXPORT int64_t spre_version() { return 2; }
 
 SPRE_EXPORT const char* spre_isa() { return spre::kIsa; }
 
@@ -154,7 +161,8 @@ SPRE_EXPORT int64_t spre_takes(const spre::Step* step) {
   if (s.kind != spre::kSparseConv) return 1;
   const bool one_tap = s.kernel_h * s.kernel_w == 1 && s.padding_h == 0 && s.padding_w == 0;
   if (s.direct && !(one_tap && s.channels / s.groups % s.channel_group == 0)) return 0;
-  if (bfloat16) return s.channel_group == 32;
+  if (bfloat16) return s.channel_group == 32 && !s.halves;
+  if (s.halves) return s.channel_group == 16 && s.slots % 2 == 0;
   return s.channel_group == 16 || s.channel_group == 32;
 }
 

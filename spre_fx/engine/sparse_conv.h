@@ -128,7 +128,7 @@ struct SparseConv {
 
   explicit SparseConv(const Step& step)
       : s(step),
-        input(step, Traits::kGroup),
+        input(step, Traits::kGroup, Traits::kSections),
         flat(step.kernel_h * step.kernel_w == 1 && step.stride_h == 1 && step.stride_w == 1 &&
              step.padding_h == 0 && step.padding_w == 0),
         group_outputs(step.out_channels / step.groups),
@@ -190,11 +190,18 @@ struct SparseConv {
     const int64_t first = block_tiles * part / split, last = block_tiles * (part + 1) / split;
     SparseTile<X> t;
     t.pixel_stride = s.x_stride * s.stride_w;
-    t.group_stride = s.direct ? Traits::kGroup : input.group_stride();
-    t.channel_groups = channel_groups;
-    t.tap_offsets = input.tap_offsets();
-    t.taps = s.kernel_h * s.kernel_w;
-    t.slots = s.slots;
+    t.slots = s.slots / Traits::kSections;
+    if (s.direct) {
+      t.group_stride = Traits::kGroup / Traits::kSections;
+      t.channel_groups = channel_groups * Traits::kSections;
+      t.tap_offsets = nullptr;
+      t.taps = 1;
+    } else {
+      t.group_stride = input.group_stride();
+      t.channel_groups = channel_groups;
+      t.tap_offsets = input.tap_offsets();
+      t.taps = s.kernel_h * s.kernel_w * Traits::kSections;
+    }
     t.block_stride = block_bytes;
     t.y_stride = s.y_stride;
     t.residual_stride = s.residual_stride;

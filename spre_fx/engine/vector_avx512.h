@@ -69,7 +69,7 @@ SPRE_INLINE void store(BFloat16* p, Floats a, int count) {
   _mm256_mask_storeu_epi16(p, first(count), narrow(a));
 }
 
-// e^x, to 2 units in the last place, for x in [-87, 87].
+// e^x, to 2 units in the last place, for x in [-87, 89]; infinite from 88.8 on.
 SPRE_INLINE Floats exponential(Floats x) {
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x.v, _mm512_set1_ps(1.44269504f)), 0);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x.v);
@@ -88,6 +88,7 @@ struct Float32Traits {
   using Weights = __m512;
   using Index = __m512i;
   static constexpr int kGroup = 16;
+  static constexpr int kSections = 1;
   SPRE_INLINE Input input(const float* p) { return _mm512_loadu_ps(p); }
   SPRE_INLINE Weights weights(const char* p) {
     return _mm512_load_ps(reinterpret_cast<const float*>(p));
@@ -97,6 +98,8 @@ struct Float32Traits {
     return {_mm512_fmadd_ps(_mm512_permutexvar_ps(i, x), w, a.v)};
   }
 };
+
+using HalvedFloat32Traits = Float32Traits;
 
 struct WideFloat32Traits : Float32Traits {
   struct Input {
@@ -116,6 +119,7 @@ struct BFloat16Traits {
   using Weights = __m512i;
   using Index = __m512i;
   static constexpr int kGroup = 32;
+  static constexpr int kSections = 1;
   SPRE_INLINE Input input(const BFloat16* p) { return _mm512_loadu_si512(p); }
   SPRE_INLINE Weights weights(const char* p) { return _mm512_load_si512(p); }
   SPRE_INLINE Index index(const char* p) { return _mm512_load_si512(p + 64); }
