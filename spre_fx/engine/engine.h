@@ -83,10 +83,10 @@ extern "C" {
 // Changes whenever this file does, in any way that its callers see.
 int64_t spre_version();
 
-// "avx512", "avx2" or "portable".
+// "avx512_bf16", "avx512", "avx2" or "portable". Only the first has kernels for bfloat16.
 const char* spre_isa();
 
-// Whether this CPU can run `isa`: one of spre_isa()'s, or "avx512_bf16". Of the portable library.
+// Whether this CPU can run the library of that spre_isa(). Ask the portable library.
 int64_t spre_supports(const char* isa);
 
 // Whether this library has a kernel for a step (its kind, type and tile).

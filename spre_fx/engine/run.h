@@ -19,9 +19,9 @@ P* at(void* const* buffers, int64_t buffer, int64_t offset) {
 inline Step with_tile(const Step& step) {
   Step s = step;
   if (s.tile_pixels != 0) return s;
-  s.tile_blocks = 2;
-  s.tile_pixels = kMaxSums / 2 >= 14 && s.channels * s.kernel_h * s.kernel_w >= 512 ? 14 : 7;
-  s.tile_pixels = std::min<int64_t>(s.tile_pixels, kMaxSums / 2);
+  s.tile_blocks = kMaxSums >= 14 ? 2 : 1;
+  s.tile_pixels = s.channels * s.kernel_h * s.kernel_w >= 512 ? 14 : 7;
+  s.tile_pixels = std::min<int64_t>(s.tile_pixels, kMaxSums / s.tile_blocks);
   s.tile_rows = std::max<int64_t>(1, std::min<int64_t>(4, 56 / std::max<int64_t>(1, s.out_width)));
   s.split = 1;
   s.direct = 0;
@@ -138,10 +138,11 @@ SPRE_EXPORT const char* spre_isa() { return spre::kIsa; }
 SPRE_EXPORT int64_t spre_supports(const char* isa) {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_cpu_init();
-  if (std::strcmp(isa, "avx512") == 0)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (std::strcmp(isa, "avx512_bf16") == 0) return __builtin_cpu_supports("avx512bf16") != 0;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (std::strcmp(isa, "avx512") == 0) return avx512;
+  if (std::strcmp(isa, "avx512_bf16") == 0)
+    return avx512 && __builtin_cpu_supports("avx512bf16");
   if (std::strcmp(isa, "avx2") == 0)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
