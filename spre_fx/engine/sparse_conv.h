@@ -24,6 +24,7 @@ struct SparseTile {
   int64_t slots;
   const char* weight;
   int64_t block_stride;  // bytes from one block of 16 outputs to the next
+  const char* ahead;     // weights to fetch into the cache meanwhile, a line per slot
   X* y;
   int64_t y_stride;
   const X* residual;
@@ -36,7 +37,8 @@ struct SparseTile {
 template <class Traits>
 using SparseKernel = void (*)(const SparseTile<typename Traits::Element>&);
 
-template <class Traits, int Blocks, int Pixels, bool Direct>
+// `Direct`: x is read where it lies. `Ahead`: the next weights are fetched meanwhile.
+template <class Traits, int Blocks, int Pixels, bool Direct, bool Ahead>
 __attribute__((noinline)) void sparse_kernel(const SparseTile<typename Traits::Element>& tile) {
   using X = typename Traits::Element;
   constexpr int64_t kPair = 2 * kCacheLine;  // a vector of weights and one of indices
@@ -48,11 +50,16 @@ __attribute__((noinline)) void sparse_kernel(const SparseTile<typename Traits::E
 
   const int64_t pixel = Direct ? tile.pixel_stride : Traits::kGroup;
   const char* weight = tile.weight;
+  [[maybe_unused]] const char* ahead = tile.ahead;
   const X* group = tile.x;
   for (int64_t g = 0; g < tile.channel_groups; ++g, group += tile.group_stride) {
     SPRE_NO_UNROLL for (int64_t t = 0; t < tile.taps; ++t) {
       const X* x = Direct ? group : group + tile.tap_offsets[t];
       SPRE_NO_UNROLL for (int64_t s = 0; s < tile.slots; ++s, weight += kPair) {
+        if constexpr (Ahead) {
+          __builtin_prefetch(ahead, 0, 2);
+          ahead += kCacheLine;
+        }
         if constexpr (kReadOnce) {
           typename Traits::Weights weights[Blocks];
           typename Traits::Index index[Blocks];
@@ -91,30 +98,35 @@ struct SparseKernels {
            blocks * pixels <= kMaxSums && blocks != 3;
   }
 
-  template <bool Direct>
-  static SparseKernel<Traits> pick(int64_t blocks, int64_t pixels) {
-    switch (blocks) {
-      case 1:
-        return pick_pixels<Direct, 1>(pixels, std::make_integer_sequence<int, kMaxPixels>());
-      case 2:
-        return pick_pixels<Direct, 2>(pixels, std::make_integer_sequence<int, kMaxPixels>());
-      default:
-        return pick_pixels<Direct, 4>(pixels, std::make_integer_sequence<int, kMaxPixels>());
-    }
+  static SparseKernel<Traits> pick(int64_t blocks, int64_t pixels, bool direct, bool ahead) {
+    if (direct) return ahead ? pick_blocks<true, true>(blocks, pixels) : pick_blocks<true, false>(blocks, pixels);
+    return ahead ? pick_blocks<false, true>(blocks, pixels) : pick_blocks<false, false>(blocks, pixels);
   }
 
  private:
-  template <bool Direct, int Blocks, int... PixelsLessOne>
+  template <bool Direct, bool Ahead>
+  static SparseKernel<Traits> pick_blocks(int64_t blocks, int64_t pixels) {
+    switch (blocks) {
+      case 1:
+        return pick_pixels<Direct, Ahead, 1>(pixels, std::make_integer_sequence<int, kMaxPixels>());
+      case 2:
+        return pick_pixels<Direct, Ahead, 2>(pixels, std::make_integer_sequence<int, kMaxPixels>());
+      default:
+        return pick_pixels<Direct, Ahead, 4>(pixels, std::make_integer_sequence<int, kMaxPixels>());
+    }
+  }
+
+  template <bool Direct, bool Ahead, int Blocks, int... PixelsLessOne>
   static SparseKernel<Traits> pick_pixels(int64_t pixels,
                                           std::integer_sequence<int, PixelsLessOne...>) {
-    static constexpr SparseKernel<Traits> kTable[] = {entry<Direct, Blocks, PixelsLessOne + 1>()...};
+    static constexpr SparseKernel<Traits> kTable[] = {entry<Direct, Ahead, Blocks, PixelsLessOne + 1>()...};
     return kTable[pixels - 1];
   }
 
-  template <bool Direct, int Blocks, int Pixels>
+  template <bool Direct, bool Ahead, int Blocks, int Pixels>
   static constexpr SparseKernel<Traits> entry() {
     if constexpr (exists(Blocks, Pixels)) {
-      return sparse_kernel<Traits, Blocks, Pixels, Direct>;
+      return sparse_kernel<Traits, Blocks, Pixels, Direct, Ahead>;
     } else {
       return nullptr;
     }
@@ -220,6 +232,7 @@ struct SparseConv {
         t.bias = bias == nullptr ? nullptr : bias + (g * blocks + here) * kLanes;
         t.lanes = static_cast<int>(
             std::min<int64_t>(kLanes, group_outputs - (here + now - 1) * kLanes));
+        t.ahead = t.weight + now * block_bytes;
         run_blocks(now, t, tile, base, y + output, residual == nullptr ? nullptr : residual + output);
         done += now;
       }
@@ -256,9 +269,10 @@ struct SparseConv {
       t.x = x + begin * x_step;
       t.y = y + (from + begin) * s.y_stride;
       t.residual = residual == nullptr ? nullptr : residual + (from + begin) * s.residual_stride;
-      const auto kernel = s.direct ? SparseKernels<Traits>::template pick<true>(count, width)
-                                   : SparseKernels<Traits>::template pick<false>(count, width);
-      kernel(t);
+      // The next blocks' weights come in while these are used: they may lie beyond L2.
+      const char* end = t.weight + 2 * count * block_bytes;
+      SparseKernels<Traits>::pick(count, width, s.direct, t.ahead < end)(t);
+      t.ahead += block_bytes / 2;
     }
   }
 
