@@ -83,7 +83,7 @@ class _Packed(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type of the weight, and so of inputs and outputs: float32 or bfloat16."""
-        return weight_dtype(self.packed)
+        return weight_dtype(self.packed.dtype)
 
     @property
     def slots(self) -> int:
@@ -190,8 +190,8 @@ class PackedConv2d(_Packed):
             self.in_channels,
             self.out_channels,
             self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
+            self.stride,
+            self.padding,
             dilation=self.dilation,
             groups=self.groups,
             bias=self.bias is not None,
@@ -215,14 +215,14 @@ class PackedConv2d(_Packed):
             self.packed,
             self.bias,
             residual,
-            in_channels=self.in_channels,
-            out_channels=self.out_channels,
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            activation=self.activation,
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.activation,
         )
         return y
 
@@ -289,9 +289,9 @@ class PackedLinear(_Packed):
             self.packed,
             self.bias,
             residual,
-            in_channels=self.in_channels,
-            out_channels=self.out_channels,
-            activation=self.activation,
+            self.in_channels,
+            self.out_channels,
+            self.activation,
         )
         return y
 

@@ -47,9 +47,9 @@ def packable(dtype: torch.dtype) -> bool:
     return dtype in _BITS
 
 
-def weight_dtype(packed: Tensor) -> torch.dtype:
-    """The type of the weight that a packed tensor was made of."""
-    return _FLOATS[packed.dtype]
+def weight_dtype(packed: torch.dtype) -> torch.dtype:
+    """The type of a weight that is packed into integers of a type."""
+    return _FLOATS[packed]
 
 
 def slots_and_channel_group(
@@ -128,7 +128,7 @@ def unpack(packed: Tensor, shape: tuple[int, ...], groups: int = 1) -> Tensor:
     Raises:
         ModelError: If the packed tensor is not one of such a weight.
     """
-    dtype = weight_dtype(packed)
+    dtype = weight_dtype(packed.dtype)
     slots, channel_group = slots_and_channel_group(tuple(packed.shape), shape, groups, dtype)
     blocks, cuts, taps = _counts(shape, groups, channel_group)
     pairs = packed.shape[6] // BLOCK

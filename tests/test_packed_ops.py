@@ -52,17 +52,13 @@ class Conv:
         self.weight, self.bias = weight.to(dtype), bias
         self.geometry = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], **how}
         self.geometry["groups"] = groups
-        self.options = {
-            **self.geometry,
-            "in_channels": weight.shape[1] * groups,
-            "out_channels": weight.shape[0],
-            "kernel_size": list(weight.shape[2:]),
-            "activation": activation,
-        }
+        sizes = {"in_channels": weight.shape[1] * groups, "out_channels": weight.shape[0]}
+        sizes["kernel_size"] = list(weight.shape[2:])
+        self.options = {**sizes, **self.geometry, "activation": activation}
         self.operands = (pack(self.weight, groups), pack_bias(bias, groups))
 
     def __call__(self, x, residual=None):
-        return OPERATORS.packed_conv2d(x, *self.operands, residual, **self.options)
+        return OPERATORS.packed_conv2d(x, *self.operands, residual, *self.options.values())
 
     def exactly(self, x, residual=None):
         bias = None if self.bias is None else self.bias.double()
@@ -132,10 +128,7 @@ def test_linear_takes_any_rank(shape, activation, isa, threads):
     weight, bias = nm_weight(21, 48), torch.randn(21)
     x, residual = torch.randn(shape), torch.randn(*shape[:-1], 21)
     y = OPERATORS.packed_linear(
-        *(x, pack(weight[..., None, None]), pack_bias(bias), residual),
-        in_channels=48,
-        out_channels=21,
-        activation=activation,
+        *(x, pack(weight[..., None, None]), pack_bias(bias), residual), 48, 21, activation
     )
     exact = F.linear(x.double(), weight.double(), bias.double()) + residual.double()
     assert y.is_contiguous()
@@ -145,9 +138,7 @@ def test_linear_takes_any_rank(shape, activation, isa, threads):
 def test_linear_takes_any_strides(isa):
     weight = nm_weight(8, 32)
     x = torch.randn(32, 6, 4).permute(2, 1, 0)
-    y = OPERATORS.packed_linear(
-        *(x, pack(weight[..., None, None])), in_channels=32, out_channels=8, activation=None
-    )
+    y = OPERATORS.packed_linear(*(x, pack(weight[..., None, None]), None, None), 32, 8, None)
     assert_close(y, F.linear(x.double(), weight.double()))
 
 
@@ -236,9 +227,7 @@ def test_wrong_inputs_are_one_clear_error(x, residual, message, isa):
 def test_wrong_inputs_of_linear_are_one_clear_error(shape, isa):
     packed = pack(nm_weight(16, 48, 1, 1))
     with pytest.raises(ModelError, match=r"\(\.\.\., 48\), found \("):
-        OPERATORS.packed_linear(
-            torch.ones(shape), packed, in_channels=48, out_channels=16, activation=None
-        )
+        OPERATORS.packed_linear(torch.ones(shape), packed, None, None, 48, 16, None)
 
 
 @pytest.mark.parametrize(
@@ -276,11 +265,24 @@ def test_backward_is_one_clear_error(compiled):
 def test_conv2d_keeps_the_rules_of_operators(residual):
     conv = Conv(nm_weight(16, 32, 3, 3), torch.randn(16), padding=[1, 1], activation="relu")
     extra = torch.randn(2, 16, 5, 4) if residual else None
-    arguments = (torch.randn(2, 32, 5, 4), *conv.operands, extra)
-    torch.library.opcheck(OPERATORS.packed_conv2d.default, arguments, conv.options)
+    arguments = (torch.randn(2, 32, 5, 4), *conv.operands, extra, *conv.options.values())
+    torch.library.opcheck(OPERATORS.packed_conv2d.default, arguments)
 
 
 def test_linear_keeps_the_rules_of_operators():
-    options = {"in_channels": 32, "out_channels": 16, "activation": "silu"}
-    arguments = (torch.randn(2, 3, 32), pack(nm_weight(16, 32, 1, 1)))
-    torch.library.opcheck(OPERATORS.packed_linear.default, arguments, options)
+    arguments = (torch.randn(2, 3, 32), pack(nm_weight(16, 32, 1, 1)), None, None, 32, 16, "silu")
+    torch.library.opcheck(OPERATORS.packed_linear.default, arguments)
+
+
+def test_a_linear_layer_and_a_convolution_of_one_shape_do_not_share_a_plan(isa):
+    conv, x = Conv(nm_weight(16, 16, 1, 1)), torch.randn(16, 16, 16, 16)
+    y = OPERATORS.packed_linear(x, *conv.operands, None, 16, 16, None)
+    assert_close(y, F.linear(x.double(), conv.weight.double().flatten(1)))
+    assert_close(conv(x), conv.exactly(x))
+
+
+def test_operands_on_two_devices_are_one_clear_error():
+    conv = Conv(nm_weight(16, 32, 1, 1))
+    conv.operands = (conv.operands[0].to("meta"), None)
+    with pytest.raises(ModelError, match="on one device, found cpu and meta"):
+        packed_ops._conv2d(torch.ones(1, 32, 2, 2), *conv.operands, None, *conv.options.values())

@@ -58,7 +58,7 @@ def test_round_trip_is_exact(shape, groups, pattern, dtype):
     weight = nm_weight(shape, pattern, dtype)
     packed = pack(weight, groups)
     back = unpack(packed, shape, groups)
-    assert back.dtype == weight_dtype(packed) == dtype
+    assert back.dtype == weight_dtype(packed.dtype) == dtype
     assert back.is_contiguous()
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(back.view(bits), weight.view(bits))

@@ -19,7 +19,8 @@ void run_affine(const Step& s, const X* x, X* y, const X* residual, const float*
       const int lanes = static_cast<int>(std::min<int64_t>(kLanes, s.channels - c));
       const X* from = x + p * s.x_stride + c;
       Floats sums[1][1] = {{lanes == kLanes ? load(from) : load(from, lanes)}};
-      if (scale != nullptr) sums[0][0] = mul(sums[0][0], load(scale + c));
+      if (scale != nullptr)
+        sums[0][0] = mul(sums[0][0], lanes == kLanes ? load(scale + c) : load(scale + c, lanes));
       finish<X, 1, 1>(sums, y + p * s.y_stride + c, s.y_stride,
                       residual == nullptr ? nullptr : residual + p * s.residual_stride + c,
                       s.residual_stride, bias == nullptr ? nullptr : bias + c, s.activation, lanes);

@@ -16,14 +16,22 @@ P* at(void* const* buffers, int64_t buffer, int64_t offset) {
   return buffer < 0 ? nullptr : reinterpret_cast<P*>(static_cast<char*>(buffers[buffer]) + offset);
 }
 
-template <class X, class Sparse, class Wide>
+template <class X, class Sparse, class Halved, class Wide>
 struct Runner {
+  // `then(traits)`, those that read the weights of a sparse conv.
+  template <class Then>
+  static auto with_traits(const Step& s, Then then) {
+    if (s.channel_group != Sparse::kGroup) return then(Wide());
+    return s.halves ? then(Halved()) : then(Sparse());
+  }
+
   static int64_t scratch(const Step& step, int64_t threads) {
     const Step s = with_tile(step, threads);
     switch (s.kind) {
       case kSparseConv:
-        if (s.channel_group == Sparse::kGroup) return SparseConv<Sparse>(s).scratch_bytes();
-        return SparseConv<Wide>(s).scratch_bytes();
+        return with_traits(s, [&](auto traits) {
+          return SparseConv<decltype(traits)>(s).scratch_bytes();
+        });
       case kDenseConv:
         return DenseConv<X>(s).scratch_bytes();
       default:
@@ -32,7 +40,7 @@ struct Runner {
   }
 
   static void run(const Step& step, void* const* buffers, const Worker& worker) {
-    const Step s = with_tile(step, worker.threads);
+    const Step s = with_tile(step, worker.planned);
     const X* x = at<const X>(buffers, s.x, s.x_offset);
     X* y = at<X>(buffers, s.y, s.y_offset);
     const X* residual = at<const X>(buffers, s.residual, s.residual_offset);
@@ -41,10 +49,9 @@ struct Runner {
     const X* weight = reinterpret_cast<const X*>(bytes);
     switch (s.kind) {
       case kSparseConv:
-        if (s.channel_group == Sparse::kGroup) {
-          return SparseConv<Sparse>(s).run(x, y, residual, bytes, bias, worker);
-        }
-        return SparseConv<Wide>(s).run(x, y, residual, bytes, bias, worker);
+        return with_traits(s, [&](auto traits) {
+          SparseConv<decltype(traits)>(s).run(x, y, residual, bytes, bias, worker);
+        });
       case kDenseConv:
         return DenseConv<X>(s).run(x, y, residual, weight, bias, worker);
       case kDepthwiseConv:
@@ -64,9 +71,9 @@ struct Runner {
   }
 };
 
-using Float32Runner = Runner<float, Float32Traits, WideFloat32Traits>;
+using Float32Runner = Runner<float, Float32Traits, HalvedFloat32Traits, WideFloat32Traits>;
 #ifdef SPRE_HAS_BFLOAT16
-using BFloat16Runner = Runner<BFloat16, BFloat16Traits, BFloat16Traits>;
+using BFloat16Runner = Runner<BFloat16, BFloat16Traits, BFloat16Traits, BFloat16Traits>;
 #endif
 
 inline void run_step(const Step& s, void* const* buffers, const Worker& worker) {
@@ -96,12 +103,13 @@ struct Job {
   void* const* buffers;
   char* scratch;
   int64_t thread_scratch;
+  int64_t planned;
   const OpenMP* openmp;
   Barrier* barrier;
 };
 
 inline void work(const Job& job, int64_t thread, int64_t threads) {
-  const Worker worker{thread, threads, job.scratch + thread * job.thread_scratch};
+  const Worker worker{thread, threads, job.planned, job.scratch + thread * job.thread_scratch};
   for (int64_t i = 0; i < job.count; ++i) {
     run_step(job.steps[i], job.buffers, worker);
     if (i + 1 < job.count) job.barrier->wait(threads);
@@ -112,17 +120,18 @@ inline void work(const Job& job, int64_t thread, int64_t threads) {
 
 #define SPRE_EXPORT extern "C" __attribute__((visibility("default")))
 
-SPRE_EXPORT int64_t spre_version() { return 2; }
+SPRE_EXPORT int64_t spre_version() { return 3; }
 
 SPRE_EXPORT const char* spre_isa() { return spre::kIsa; }
 
 SPRE_EXPORT int64_t spre_supports(const char* isa) {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_cpu_init();
-  if (std::strcmp(isa, "avx512") == 0)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (std::strcmp(isa, "avx512_bf16") == 0) return __builtin_cpu_supports("avx512bf16") != 0;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (std::strcmp(isa, "avx512") == 0) return avx512;
+  if (std::strcmp(isa, "avx512_bf16") == 0)
+    return avx512 && __builtin_cpu_supports("avx512bf16");
   if (std::strcmp(isa, "avx2") == 0)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
@@ -142,7 +151,8 @@ SPRE_EXPORT int64_t spre_takes(const spre::Step* step) {
   if (s.kind != spre::kSparseConv) return 1;
   const bool one_tap = s.kernel_h * s.kernel_w == 1 && s.padding_h == 0 && s.padding_w == 0;
   if (s.direct && !(one_tap && s.channels / s.groups % s.channel_group == 0)) return 0;
-  if (bfloat16) return s.channel_group == 32;
+  if (bfloat16) return s.channel_group == 32 && !s.halves;
+  if (s.halves) return s.channel_group == 16 && s.slots % 2 == 0;
   return s.channel_group == 16 || s.channel_group == 32;
 }
 
@@ -154,7 +164,7 @@ SPRE_EXPORT void spre_run(const spre::Step* steps, int64_t count, void* const* b
                           void* scratch, int64_t threads, const spre::OpenMP* openmp) {
   spre::Barrier barrier;
   spre::Job job{steps,  count,   buffers, static_cast<char*>(scratch),
-                spre::thread_scratch(steps, count, threads), openmp, &barrier};
+                spre::thread_scratch(steps, count, threads), threads, openmp, &barrier};
   if (openmp == nullptr || threads == 1) return spre::work(job, 0, 1);
   const auto run = [](void* data) {
     const spre::Job& shared = *static_cast<spre::Job*>(data);

@@ -138,7 +138,7 @@ struct SparseConv {
 
   explicit SparseConv(const Step& step)
       : s(step),
-        input(step, Traits::kGroup),
+        input(step, Traits::kGroup, Traits::kSections),
         flat(step.kernel_h * step.kernel_w == 1 && step.stride_h == 1 && step.stride_w == 1 &&
              step.padding_h == 0 && step.padding_w == 0),
         group_outputs(step.out_channels / step.groups),
@@ -147,7 +147,6 @@ struct SparseConv {
         block_bytes(channel_groups * step.kernel_h * step.kernel_w * step.slots * 2 * kCacheLine),
         rows(step, step.tile_rows) {
     tile_blocks = std::max<int64_t>(1, std::min(step.tile_blocks, blocks));
-    tile_blocks = tile_blocks == 3 ? 2 : tile_blocks;
     tile_pixels = std::max<int64_t>(1, step.tile_pixels);
     split = std::max<int64_t>(1, std::min(step.split, ceil_div(blocks, tile_blocks)));
     if (flat) {  // a 1x1 conv knows no rows: tiles are stretches of all pixels of the batch
@@ -199,11 +198,18 @@ struct SparseConv {
     const int64_t first = block_tiles * part / split, last = block_tiles * (part + 1) / split;
     SparseTile<X> t;
     t.pixel_stride = s.x_stride * s.stride_w;
-    t.group_stride = s.direct ? Traits::kGroup : input.group_stride();
-    t.channel_groups = channel_groups;
-    t.tap_offsets = input.tap_offsets();
-    t.taps = s.kernel_h * s.kernel_w;
-    t.slots = s.slots;
+    t.slots = s.slots / Traits::kSections;
+    if (s.direct) {
+      t.group_stride = Traits::kGroup / Traits::kSections;
+      t.channel_groups = channel_groups * Traits::kSections;
+      t.tap_offsets = nullptr;
+      t.taps = 1;
+    } else {
+      t.group_stride = input.group_stride();
+      t.channel_groups = channel_groups;
+      t.tap_offsets = input.tap_offsets();
+      t.taps = s.kernel_h * s.kernel_w * Traits::kSections;
+    }
     t.block_stride = block_bytes;
     t.y_stride = s.y_stride;
     t.residual_stride = s.residual_stride;
@@ -215,7 +221,8 @@ struct SparseConv {
       const int64_t count = std::min(tile_blocks, blocks - block);
       // What is left of an odd number of blocks goes through the smaller kernels.
       for (int64_t done = 0; done < count;) {
-        const int64_t now = count - done >= 4 ? 4 : count - done >= 2 ? 2 : 1;
+        const int64_t left = std::min<int64_t>(count - done, kMaxBlocks);
+        const int64_t now = left >= 4 ? 4 : left >= 2 ? 2 : 1;
         const int64_t here = block + done;
         const int64_t output = g * group_outputs + here * kLanes;
         t.weight = weight + (g * blocks + here) * block_bytes;
@@ -250,7 +257,7 @@ struct SparseConv {
   // Consecutive output pixels, in tiles of nearly equal size.
   void run_stretch(int64_t count, SparseTile<X>& t, const X* x, int64_t x_step, int64_t from,
                    int64_t length, X* y, const X* residual) const {
-    const int64_t most = std::min<int64_t>(tile_pixels, kMaxSums / count);
+    const int64_t most = std::min({tile_pixels, int64_t{kMaxPixels}, kMaxSums / count});
     const int64_t parts = ceil_div(length, most);
     for (int64_t i = 0; i < parts; ++i) {
       const int64_t begin = length * i / parts, width = length * (i + 1) / parts - begin;

@@ -24,7 +24,6 @@ inline Step with_tile(const Step& step, int64_t threads) {
   const int64_t blocks = ceil_div(s.out_channels / s.groups, kLanes);
   const int64_t widest = one_tap(s) ? 4 : 2;
   s.tile_blocks = std::min(blocks, std::min<int64_t>(widest, kMaxBlocks));
-  if (s.tile_blocks == 3) s.tile_blocks = 4;
   const bool flat = one_tap(s) && s.stride_h == 1 && s.stride_w == 1;
   if (!flat && s.out_width % 7 == 0 && s.out_width < 14) s.tile_blocks = std::min<int64_t>(2, blocks);
   const int64_t most = std::min<int64_t>(kMaxPixels, kReadOnceSums / s.tile_blocks);

@@ -9,8 +9,13 @@
 #include "engine.h"
 
 #define SPRE_INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define SPRE_UNROLL _Pragma("clang loop unroll(full)")
+#define SPRE_NO_UNROLL _Pragma("clang loop unroll(disable)")
+#else
 #define SPRE_UNROLL _Pragma("GCC unroll 32")
 #define SPRE_NO_UNROLL _Pragma("GCC unroll 1")
+#endif
 
 namespace spre {
 
