@@ -145,6 +145,26 @@ def _linear_fake(
     return _fake(_Layer(True, *how), x, weight, bias, residual)
 
 
+def conv2d_step(
+    x: Tensor, weight: Tensor, bias: _Optional, residual: _Optional, *how: Any
+) -> Step:
+    """What the engine does for `packed_conv2d`, as a step of a program; of tensors, shapes count.
+
+    Raises:
+        ModelError: If the operands do not fit the layer.
+    """
+    call = _call(_conv(*how), x, weight, bias, residual)
+    return _step(call, _checked_shape(call))
+
+
+def linear_step(
+    x: Tensor, weight: Tensor, bias: _Optional, residual: _Optional, *how: Any
+) -> Step:
+    """`conv2d_step` for `packed_linear`."""
+    call = _call(_Layer(True, *how), x, weight, bias, residual)
+    return _step(call, _checked_shape(call))
+
+
 def _no_gradient(gradient: Tensor, shape: list[int]) -> Tensor:  # noqa: ARG001
     raise ModelError(
         "a packed layer computes no gradients: train the graph that spre_fx.prepare returns, and "
