@@ -128,7 +128,7 @@ def test_free_slots_hold_value_0_and_channel_0():
     weight[1, 5] = 2.0
     packed = pack(weight)
     one, two = (int(torch.tensor(value).view(torch.int32)) for value in (1.0, 2.0))
-    assert packed[0, 0, 0, 0, 0, :, :, :3].tolist() == [
+    assert packed[0, 0, 0, 0, ..., :3].flatten(0, 1).tolist() == [
         [[one, two, 0], [3, 5, 0]],
         [[one, 0, 0], [9, 0, 0]],
     ]
