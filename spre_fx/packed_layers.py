@@ -17,10 +17,11 @@ from spre_fx.engine import Step
 from spre_fx.errors import ModelError, OptionError
 from spre_fx.packed_ops import ACTIVATIONS, Pair, conv2d_step, linear_step
 from spre_fx.weight_layout import (
+    Layout,
+    layout,
     pack,
     pack_bias,
     packable,
-    slots_and_channel_group,
     unpack,
     unpack_bias,
     weight_dtype,
@@ -87,14 +88,19 @@ class _Packed(nn.Module):
         return weight_dtype(self.packed.dtype)
 
     @property
+    def layout(self) -> Layout:
+        """How the weight is packed."""
+        return layout(tuple(self.packed.shape), self._weight_shape(), self.groups, self.dtype)
+
+    @property
     def slots(self) -> int:
         """Slots of each output in each channel group at each tap: its share of the work."""
-        return self._layout()[0]
+        return self.layout.slots
 
     @property
     def channel_group(self) -> int:
         """Input channels that are looked at together: 16 or 32."""
-        return self._layout()[1]
+        return self.layout.channel_group
 
     def dense_weight(self) -> Tensor:
         """The weight that was packed, `(C_out, C_in/groups, kH, kW)`, bit for bit but for -0.0."""
@@ -119,10 +125,6 @@ class _Packed(nn.Module):
 
     def _weight_shape(self) -> tuple[int, int, int, int]:
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
-
-    def _layout(self) -> tuple[int, int]:
-        shape = tuple(self.packed.shape)
-        return slots_and_channel_group(shape, self._weight_shape(), self.groups, self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the buffers; the bias stays float32, whatever type the rest of a model takes."""

@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from spre_fx.engine import Activation, Engine, Kind, Program, Step, Type, load, program
 from spre_fx.errors import ModelError
 from spre_fx.weight_layout import (
+    Layout,
+    layout,
     padded_outputs,
-    slots_and_channel_group,
     unpack,
     unpack_bias,
     weight_dtype,
@@ -287,14 +288,14 @@ def _step(call: _Call, shape: tuple[int, ...]) -> Step:
     step.dilation_h, step.dilation_w = layer.dilation
     step.groups = layer.groups
     step.activation = ACTIVATIONS[layer.activation][0]
-    step.slots, step.channel_group = _layout(call)
+    step.slots, step.channel_group, halves = _layout(call)
+    step.halves = halves - 1
     return step
 
 
-def _layout(call: _Call) -> tuple[int, int]:
+def _layout(call: _Call) -> Layout:
     layer = call.layer
-    packed = tuple(call.weight.shape)
-    return slots_and_channel_group(packed, layer.weight_shape, layer.groups, call.x.dtype)
+    return layout(tuple(call.weight.shape), layer.weight_shape, layer.groups, call.x.dtype)
 
 
 def _checked_shape(call: _Call) -> tuple[int, ...]:

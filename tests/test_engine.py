@@ -66,6 +66,8 @@ def test_nothing_there_is_a_sentence(tmp_path):
     [
         (["avx512", "avx2", "portable"], "avx512 avx2 portable", library.ISAS, "avx512"),
         (["avx512", "avx2", "portable"], "avx2 portable", library.ISAS, "avx2"),
+        (["avx512_bf16", "avx512", "portable"], "avx512 portable", library.ISAS, "avx512"),
+        (["avx512_bf16", "portable"], "avx512_bf16 portable", library.ISAS, "avx512_bf16"),
         (["avx512", "portable"], "avx2 portable", library.ISAS, "portable"),
         (["avx2", "portable"], "avx512 avx2 portable", library.ISAS, "avx2"),
         (["avx512", "avx2", "portable"], "avx512 avx2 portable", ("portable",), "portable"),
@@ -90,7 +92,8 @@ def test_a_stale_build_is_refused(tmp_path, stale):
         version = library.VERSION - (isa == stale)
         build(tmp_path, isa, version=version, supported="avx2 portable")
     found = library.find(tmp_path, library.ISAS)
-    assert re.search(rf"_{stale}\.so was compiled for version 0 .* reinstall spre_fx", found)
+    expected = rf"_{stale}\.so was compiled for version {library.VERSION - 1} .* reinstall spre_fx"
+    assert re.search(expected, found)
 
 
 def test_a_damaged_library_is_refused(tmp_path):
@@ -123,7 +126,9 @@ def test_the_variable_turns_it_off(monkeypatch):
 
 def test_another_value_of_the_variable_is_an_error(monkeypatch):
     monkeypatch.setenv(library.VARIABLE, "sse")
-    with pytest.raises(OptionError, match="to be avx512, avx2, portable or none, found 'sse'"):
+    with pytest.raises(
+        OptionError, match="to be avx512_bf16, avx512, avx2, portable or none, found 'sse'"
+    ):
         engine.load()
 
 

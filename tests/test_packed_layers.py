@@ -116,7 +116,8 @@ def test_what_print_shows():
 
 def test_what_it_says_of_its_layout():
     conv = PackedConv2d.from_dense(sparse(nn.Conv2d(64, 32, 3), "1:32"))
-    assert (conv.slots, conv.channel_group, conv.dtype) == (1, 32, torch.float32)
+    assert (conv.layout, conv.slots, conv.channel_group) == ((1, 32, 1), 1, 32)
+    assert conv.dtype == torch.float32
 
 
 def test_a_network_is_exact():

@@ -124,16 +124,15 @@ def test_every_geometry(name, data, seed):
 
 
 @pytest.mark.parametrize("shape", [(48,), (5, 48), (2, 3, 48), (0, 48), (2, 0, 48), (1, 2, 1, 48)])
-@pytest.mark.parametrize("activation", [None, "silu"])
-def test_linear_takes_any_rank(shape, activation, isa, threads):
+def test_linear_takes_any_rank(shape, isa, threads):
     weight, bias = nm_weight(21, 48), torch.randn(21)
     x, residual = torch.randn(shape), torch.randn(*shape[:-1], 21)
     y = OPERATORS.packed_linear(
-        *(x, pack(weight[..., None, None]), pack_bias(bias), residual), 48, 21, activation
+        *(x, pack(weight[..., None, None]), pack_bias(bias), residual), 48, 21, "silu"
     )
     exact = F.linear(x.double(), weight.double(), bias.double()) + residual.double()
     assert y.is_contiguous()
-    assert_close(y, ACTIVATIONS[activation][1](exact))
+    assert_close(y, F.silu(exact))
 
 
 def test_linear_takes_any_strides(isa):
@@ -144,7 +143,7 @@ def test_linear_takes_any_strides(isa):
 
 
 @pytest.mark.parametrize("shape", [(0, 32, 5, 5), (2, 32, 1, 1), (1, 32, 3, 4)])
-def test_small_and_empty_inputs(shape, isa, threads):
+def test_small_and_empty_inputs(shape, isa):
     conv = Conv(nm_weight(16, 32, 1, 1), torch.randn(16))
     x = torch.randn(shape)
     assert_close(conv(x), conv.exactly(x))
