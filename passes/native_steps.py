@@ -7,9 +7,10 @@ in memory is not decided here.
 
 from __future__ import annotations
 
+import ctypes
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -37,10 +38,12 @@ class Value:
     Attributes:
         shape: `(N, C, H, W)` of an image, `(..., C)` of rows.
         dtype: Its type.
+        is_view: Whether it shares its memory with an argument of the node.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    is_view: bool = field(default=False, compare=False)
 
     @property
     def channels(self) -> int:
@@ -180,8 +183,7 @@ def _step(kind: Kind, x: Value, y: Value, **fields: int) -> Step:
 
 def _copy(step: Step) -> Step:
     copied = Step()
-    for name, _ in Step._fields_:
-        setattr(copied, name, getattr(step, name))
+    ctypes.pointer(copied)[0] = step
     return copied
 
 
@@ -266,7 +268,8 @@ def _add(view: GraphView, node: Node, values: Values) -> Operation | None:
         return None
     if in_place(view, node) and (operands[0].op != "call_module" or len(operands[0].users) > 1):
         return None  # someone sees what it writes over
-    return Operation(_step(Kind.AFFINE, values[node], values[node]), node, *operands)
+    x, residual = operands
+    return Operation(_step(Kind.AFFINE, values[node], values[node]), node, x, residual)
 
 
 def _pool_module(view: GraphView, node: Node, values: Values) -> Operation | None:

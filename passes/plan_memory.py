@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_leaves
 
 from spre_fx.engine import Engine, Kind, Step, program
 from spre_fx.liveness import ALIGNMENT, Lifetime, assign_offsets
 from spre_fx.packed_ops import ACTIVATIONS
+from spre_fx.passes.activations import in_place
 from spre_fx.passes.graph_view import GraphView
 from spre_fx.passes.native_steps import (
     Operation,
@@ -43,14 +45,22 @@ def values_of(graph_module: GraphModule, inputs: tuple[Any, ...]) -> dict[Node, 
 
     class Recorder(Interpreter):
         def run_node(self, n: Node) -> Any:
+            arguments = tree_leaves(self.fetch_args_kwargs_from_env(n))
             result = super().run_node(n)
             if type(result) in (Tensor, torch.nn.Parameter) and result.layout == torch.strided:
-                found[n] = Value(tuple(result.shape), result.dtype)
+                is_view = any(_share_memory(result, each) for each in arguments)
+                found[n] = Value(tuple(result.shape), result.dtype, is_view)
             return result
 
     copies = (value.clone() if isinstance(value, Tensor) else value for value in inputs)
     Recorder(graph_module).run(*copies)
     return found
+
+
+def _share_memory(one: Tensor, other: object) -> bool:
+    if not isinstance(other, Tensor) or other.layout != torch.strided:
+        return False
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def plan_memory(
@@ -66,7 +76,9 @@ def plan_memory(
     """
     view = GraphView(graph_module)
     work = list(_divide(view, values, engine))
-    if not any(isinstance(each, Operation) for each in work):
+    if not any(isinstance(each, Operation) for each in work) or _writes_through_view(
+        view, values, work
+    ):
         return None
     return _Layout(view, values, work).program(engine, threads)
 
@@ -102,6 +114,13 @@ def _divide(view: GraphView, values: Mapping[Node, Value], engine: Engine) -> It
             done |= {node, work.result}
             native.add(work.result)
         yield work
+
+
+def _writes_through_view(view: GraphView, values: Mapping[Node, Value], work: list[_Work]) -> bool:
+    """Whether torch writes over a view of something, which is a copy of it in a program."""
+    by_torch = {each for each in work if isinstance(each, Node)}
+    written = [each.all_input_nodes[0] for each in by_torch if in_place(view, each)]
+    return any(node in by_torch and node in values and values[node].is_view for node in written)
 
 
 def _work(
@@ -184,7 +203,7 @@ class _Layout:
         items = list(self._items())
         self._find_lifetimes(items)
         self._reuse_residuals(items)
-        arena = self._assign(items)
+        arena = self._assign()
         native = [n for n in output.all_input_nodes if n in self.places]
         grouped = list(self._grouped(items))
         steps = [item.steps for item in grouped if isinstance(item, Native)]
@@ -194,7 +213,7 @@ class _Layout:
             threads=threads,
             inputs=inputs,
             items=tuple(grouped),
-            drops=tuple(_drops(grouped, inputs, set(output.all_input_nodes))),
+            drops=tuple(_drops(grouped, set(output.all_input_nodes))),
             outputs=tuple(self._outputs(native)),
             results={node: self._location(node) for node in native},
             result=output.args[0],
@@ -210,7 +229,9 @@ class _Layout:
     def _place_values(self, leaving: set[Node]) -> None:
         """Give each value of the engine a root; backwards, so that readers decide."""
         aliases = [each for each in self.work if isinstance(each, _Alias)]
+        written = [n for n in self.work if isinstance(n, Node) and in_place(self.view, n)]
         pinned = leaving | {n for alias in aliases for n in (alias.source, alias.result)}
+        pinned |= {node.all_input_nodes[0] for node in written}
         for each in reversed(self.work):
             if isinstance(each, _Concatenation):
                 self._place_concatenation(each, pinned)
@@ -232,16 +253,16 @@ class _Layout:
 
     def _place_concatenation(self, each: _Concatenation, pinned: set[Node]) -> None:
         operands, start = each.operands, self.places.get(each.operands[0])
-        if each.result not in self.places and start is not None and each.result not in pinned:
-            if self._side_by_side(operands, start):
-                self.places[each.result] = start  # a prefix of a larger concatenation
-                return
+        free = each.result not in self.places and each.result not in pinned
+        if free and start is not None and self._side_by_side(operands, start):
+            self.places[each.result] = start  # a prefix of a larger concatenation
+            return
         whole = self._place(each.result)
         channel, made = whole.channel, self._made_by_steps()
         for operand in operands:
             place = _Place(whole.root, channel)
-            free = operand in made and operand not in self.places and operand not in pinned
-            if free and operands.count(operand) == 1:
+            taken = operand in self.places or operand in pinned
+            if operand in made and not taken and operands.count(operand) == 1:
                 self.places[operand] = place
             else:
                 self.copies.setdefault(each, []).append((operand, place))
@@ -322,7 +343,7 @@ class _Layout:
             if place.root is gone:
                 self.places[node] = _Place(root, place.channel)
 
-    def _assign(self, items: list[_Item]) -> int:
+    def _assign(self) -> int:
         """Offsets in the arena, and buffers of what leaves; the bytes of the arena."""
         roots = list(dict.fromkeys(place.root for place in self.places.values()))
         for root in roots:
@@ -474,9 +495,7 @@ def _runner(view: GraphView, node: Node) -> Callable[..., Any]:
     return node.target
 
 
-def _drops(
-    items: list[Native | Call], inputs: tuple[Node, ...], leaving: set[Node]
-) -> Iterator[tuple[Node, ...]]:
+def _drops(items: list[Native | Call], leaving: set[Node]) -> Iterator[tuple[Node, ...]]:
     """The values of torch that no item reads after each."""
     last: dict[Node, int] = {}
     for index, item in enumerate(items):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from torch.fx.graph_module import reduce_graph_module
 
 from spre_fx import engine
-from spre_fx.backends import is_lowered
+from spre_fx.dense_form import replace_everywhere
 from spre_fx.packed_layers import PackedConv2d, PackedLinear
 from spre_fx.passes.plan_memory import plan_memory, values_of
 from spre_fx.planned import Plan, PlannedProgram, ShapesChangedError
@@ -44,11 +45,7 @@ def planned(model: nn.Module) -> nn.Module:
         return model
     graphs = [module for module in model.modules() if isinstance(module, GraphModule)]
     new: dict[nn.Module, nn.Module] = {g: _planned(g) for g in graphs if _holds_packed(g)}
-    for module in [*model.modules(), *new.values()]:
-        for name, child in module._modules.items():
-            if child in new:
-                module._modules[name] = new[child]
-    return new.get(model, model)
+    return replace_everywhere(model, new)
 
 
 def _holds_packed(graph_module: GraphModule) -> bool:
@@ -73,11 +70,7 @@ class PlannedGraphModule(GraphModule):
     with gradients or autocast, with hooks on its modules, in training mode. `why_not` says so.
     """
 
-    def __init__(
-        self, root: nn.Module | dict[str, Any], graph: Graph, class_name: str = "GraphModule"
-    ) -> None:
-        super().__init__(root, graph, class_name)
-        vars(self)["_runs"] = _Runs()
+    _runs: _Runs
 
     def recompile(self) -> Any:
         """Make the code of the graph anew, and forget the programs of what it was."""
@@ -92,7 +85,7 @@ class PlannedGraphModule(GraphModule):
             return self._run(graph_forward, args, kwargs)
 
         own.forward = forward
-        vars(self)["_runs"] = _Runs()
+        self._runs = _Runs()
         return code
 
     def _run(
@@ -131,12 +124,10 @@ class PlannedGraphModule(GraphModule):
         state = {name: value for name, value in state.items() if name != "_runs"}
         return _from_pickle, (state, imports)
 
-    def _deepcopy_init(self) -> Callable[..., None]:
-        return PlannedGraphModule.__init__
-
 
 def _from_pickle(state: dict[str, Any], imports: str) -> GraphModule:
-    return _planned(reduce_graph_module(state, imports))
+    graph_module: Any = reduce_graph_module(state, imports)
+    return _planned(graph_module)
 
 
 @dataclass(eq=False)
@@ -146,13 +137,11 @@ class _Guard:
     Attributes:
         places: Where each module stands that the graph calls: the dict, the name, the module.
         hooks: The dicts that hold their hooks.
-        norms: Modules that compute something else in training.
         tensors: The tensors that programs hold in their own layout, where each stands.
     """
 
-    places: list[tuple[dict[str, Any], str, nn.Module]]
+    places: list[tuple[dict[str, nn.Module | None], str, nn.Module | None]]
     hooks: list[dict[Any, Any]]
-    modules: list[nn.Module]
     tensors: list[tuple[dict[str, Any], str]]
 
     @classmethod
@@ -165,7 +154,7 @@ class _Guard:
             for held in (module._parameters, module._buffers):
                 tensors += [(held, name) for name, value in held.items() if value is not None]
         hooks += [vars(nn.modules.module)[f"_global{name}"] for name in _HOOKS]
-        return cls(places, hooks, list(model.modules()), tensors)
+        return cls(places, hooks, tensors)
 
     def same_modules(self) -> bool:
         """Whether every module stands where it did."""
@@ -202,6 +191,7 @@ class _Runs:
     programs: OrderedDict[_Key, PlannedProgram | None] = field(default_factory=OrderedDict)
     guard: _Guard | None = None
     inputs: int | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __reduce__(self) -> Any:
         return _Runs, ()
@@ -223,15 +213,22 @@ class _Runs:
     def program(self, model: GraphModule, inputs: tuple[Any, ...]) -> PlannedProgram | None:
         """The program for inputs like these; None where the engine has nothing to do."""
         key = (*map(_like, inputs), torch.get_num_threads(), self.guard_of(model).state())
-        programs = self.programs
-        if key not in programs:
-            loaded = engine.load()
-            assert loaded is not None
-            values = values_of(model, inputs)
-            programs[key] = plan_memory(model, values, loaded, torch.get_num_threads())
-            while len(programs) > _PROGRAMS:
-                programs.popitem(last=False)
-        return programs[key]
+        try:
+            return self.programs[key]
+        except KeyError:
+            program = _new_program(model, inputs)
+        with self.lock:
+            self.programs[key] = program
+            while len(self.programs) > _PROGRAMS:
+                self.programs.popitem(last=False)
+        return program
+
+
+def _new_program(model: GraphModule, inputs: tuple[Any, ...]) -> PlannedProgram | None:
+    loaded = engine.load()
+    if loaded is None:
+        return None
+    return plan_memory(model, values_of(model, inputs), loaded, torch.get_num_threads())
 
 
 def _like(value: Any) -> object:
@@ -246,7 +243,6 @@ def _why_not(model: PlannedGraphModule, inputs: tuple[Any, ...]) -> str:
 
 
 def _reasons(model: PlannedGraphModule, inputs: tuple[Any, ...]) -> Iterator[str]:
-    runs: _Runs = model._runs
     if type(model.graph._codegen) is not CodeGen:
         yield "its inputs are not plain arguments"
     if model.training:
@@ -261,7 +257,7 @@ def _reasons(model: PlannedGraphModule, inputs: tuple[Any, ...]) -> Iterator[str
         yield "autocast chooses types"
     for value in inputs:
         yield from _odd_input(value)
-    guard = runs.guard_of(model)
+    guard = model._runs.guard_of(model)
     if guard.hooked():
         yield "modules in it have hooks"
     if torch.is_grad_enabled() and (_wants_gradients(inputs) or guard.needs_gradients()):

@@ -30,8 +30,8 @@ class Lifetime:
 def assign_offsets(lifetimes: Sequence[Lifetime]) -> tuple[list[int], int]:
     """Offsets such that no two that meet overlap, and the bytes that all need together.
 
-    Greedy by size: the largest first, each into the smallest gap that holds it among those placed
-    before that it meets, or behind them.
+    Greedy by size: the largest first, each into the smallest gap that holds it, among those placed
+    that it meets, or behind them.
 
     Args:
         lifetimes: In any order.
