@@ -119,6 +119,9 @@ class PlannedGraphModule(GraphModule):
         """Why the last call ran the graph itself; "" where it ran a program."""
         return self._runs.why_not
 
+    def __copy__(self) -> GraphModule:
+        return _planned(self)
+
     def __reduce__(self) -> Any:
         _, (state, imports) = super().__reduce__()
         state = {name: value for name, value in state.items() if name != "_runs"}
