@@ -83,9 +83,10 @@ class Lower(Pass):
 def _allow_any_strides(graph_module: GraphModule) -> None:
     """Turn views into reshapes: a lowered conv returns its output channels-last."""
     for node in graph_module.graph.nodes:
-        if (node.op, node.target) == ("call_method", "view") and "dtype" not in node.kwargs:
-            if not any(isinstance(argument, torch.dtype) for argument in node.args):
-                node.target = "reshape"
+        is_view = (node.op, node.target) == ("call_method", "view")
+        arguments = (*node.args, *node.kwargs.values())
+        if is_view and not any(isinstance(each, torch.dtype) for each in arguments):
+            node.target = "reshape"
 
 
 def _refuse(view: GraphView, candidate: Candidate) -> Skip | None:

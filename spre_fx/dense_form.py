@@ -65,7 +65,7 @@ def replace_everywhere(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> 
     for root in (model, *new.values()):
         for module in list(root.modules()):
             for name, child in module._modules.items():
-                if child in new:
+                if child is not None and child in new:
                     module._modules[name] = new[child]
     return new.get(model, model)
 

@@ -59,7 +59,7 @@ def _aligned(size: int) -> int:
 
 
 def _best_fit(taken: list[tuple[int, int]], size: int) -> int:
-    """The start of the smallest gap of at least `size` bytes; the end of all where there is none."""
+    """The start of the smallest gap of `size` bytes or more; where there is none, the end."""
     end, gaps = 0, []
     for start, stop in taken:
         if start - end >= size:

@@ -151,7 +151,7 @@ def test_without_an_engine_cpu_warns_and_auto_runs_dense(monkeypatch: pytest.Mon
 
 
 def test_example_inputs_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(spre_fx.ModelError, match="example_inputs: expected .* RuntimeError"):
+    with pytest.raises(spre_fx.ModelError, match=r"example_inputs: expected .* RuntimeError"):
         spre_fx.finalize(prepared(), example_inputs=torch.ones(1, 3, 4, 4))
 
 

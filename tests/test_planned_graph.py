@@ -1,4 +1,4 @@
-"""Planned graphs compute what their graphs do: small networks of every kind, and every other use."""
+"""Planned graphs compute what their graphs do: networks of every kind, and every other use."""
 
 import copy
 import io
@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 import spre_fx
 from spre_fx import engine
+from spre_fx.packed_layers import PackedConv2d, PackedLinear
 from spre_fx.passes import FuseEpilogues, trace
 from spre_fx.passes.edit import replace_module
 from spre_fx.passes.planned_graph import PlannedGraphModule, planned
-from spre_fx.packed_layers import PackedConv2d, PackedLinear
 
 pytestmark = pytest.mark.skipif(engine.load() is None, reason="needs the engine")
 
@@ -159,9 +159,8 @@ def test_a_program_agrees_with_float64(build: type[nn.Module], shape: tuple[int,
     x = torch.randn(shape)
     exact = spre_fx.to_dense(gm).double()(x.double())
     found = planned(gm)(x)
-    for one, other in zip(
-        torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(exact)
-    ):
+    leaves = torch.utils._pytree.tree_leaves
+    for one, other in zip(leaves(found), leaves(exact), strict=True):
         if isinstance(one, Tensor):
             torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 
