@@ -266,10 +266,16 @@ def _add(view: GraphView, node: Node, values: Values) -> Operation | None:
     operands = [a for a in node.args if isinstance(a, Node) and values.get(a) == values[node]]
     if len(operands) != 2 or len(node.args) != 2 or node.kwargs:
         return None
-    if in_place(view, node) and (operands[0].op != "call_module" or len(operands[0].users) > 1):
-        return None  # someone sees what it writes over
+    if in_place(view, node) and not _is_its_own(operands[0], values):
+        return None
     x, residual = operands
     return Operation(_step(Kind.AFFINE, values[node], values[node]), node, x, residual)
+
+
+def _is_its_own(written: Node, values: Values) -> bool:
+    """Whether nobody but its only reader sees that a value is written over."""
+    given = written.op in ("placeholder", "get_attr") or values[written].is_view
+    return not given and len(written.users) == 1
 
 
 def _pool_module(view: GraphView, node: Node, values: Values) -> Operation | None:
