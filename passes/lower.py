@@ -58,7 +58,7 @@ class Lower(Pass):
         assert layer is not None
         record = records.read(layer)
         pattern = Pattern.parse(record["pattern"])
-        ways = self.backend.candidates(layer, pattern)
+        ways = _ways(self.backend.candidates(layer, pattern), layer)
         if isinstance(ways, str):
             choice = Choice(dense(layer, f"not lowered: {ways}"))
         else:
@@ -110,6 +110,13 @@ def _refuse(view: GraphView, candidate: Candidate) -> Skip | None:
         return None
     records.write(module, record | records.Record(note=f"not lowered: {detail}"))
     return Skip(Reason.REFUSED, f"{name}: {detail}")
+
+
+def _ways(found: list[Lowered] | str, layer: nn.Module) -> list[Lowered] | str:
+    """The ways, unless they cannot hold what a subclass of a layer holds and the graph calls."""
+    ways = [] if isinstance(found, str) else found
+    taken = [name for name in layer._modules if any(hasattr(way.module, name) for way in ways)]
+    return f"it holds a module called {taken[0]!r}, as lowered layers do" if taken else found
 
 
 def _written(choice: Choice) -> records.Record:

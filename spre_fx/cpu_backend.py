@@ -18,6 +18,9 @@ from spre_fx.packed_layers import PackedConv2d, PackedLinear, refusal
 from spre_fx.patterns import Pattern
 
 
+_BFLOAT16 = "avx512_bf16"  # the instruction set that the engine needs for it
+
+
 @dataclass(frozen=True)
 class CPUBackend:
     """Takes Conv2d of any groups that pads with zeros, and Linear, in float32 and bfloat16."""
@@ -35,6 +38,9 @@ class CPUBackend:
         """The packed layer, or why there is none."""
         if (reason := refusal(layer)) is not None:
             return reason
+        loaded = engine.load()
+        if layer.weight.dtype == torch.bfloat16 and (loaded is None or loaded.isa != _BFLOAT16):
+            return "this CPU has no instructions for bfloat16 that the engine uses"
         if isinstance(layer, nn.Conv2d):
             packed: nn.Module = PackedConv2d.from_dense(layer)
         else:

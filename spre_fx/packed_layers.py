@@ -106,6 +106,11 @@ class _Packed(nn.Module):
         """The weight that was packed, `(C_out, C_in/groups, kH, kW)`, bit for bit but for -0.0."""
         return unpack(self.packed, self._weight_shape(), self.groups)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the dense layer, unpacked each time it is asked for."""
+        return self.dense_weight()
+
     def dense_bias(self) -> Tensor | None:
         """The bias, `(C_out,)`, in the type of the weight; or None."""
         if self.bias is None:
@@ -263,6 +268,11 @@ class PackedLinear(_Packed):
             raise ModelError(f"the layer cannot be packed: {reason}")
         return cls(linear.weight, linear.bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the dense layer, `(C_out, C_in)`, unpacked each time it is asked for."""
+        return self.dense_weight().flatten(1)
+
     def to_dense(self) -> nn.Linear:
         """The linear layer alone, without the activation, as a dense layer of torch."""
         linear: nn.Linear = nn.utils.skip_init(
@@ -273,7 +283,7 @@ class PackedLinear(_Packed):
             dtype=self.dtype,
             device=self.packed.device,
         )
-        return _filled(linear, self.dense_weight().flatten(1), self.dense_bias())
+        return _filled(linear, self.weight, self.dense_bias())
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`activation(linear(x) + bias + residual)`.

@@ -126,7 +126,7 @@ def test_both_branches_and_what_they_fold_into_lie_within_b(pattern, options, im
 def test_deployed_layers_are_ordinary_and_obey_the_pattern(images):
     prepared = spre_fx.prepare(small_net(), "1:8")
     train(prepared, images)
-    deployed = spre_fx.finalize(prepared)
+    deployed = spre_fx.finalize(prepared, "dense")
     kinds = {type(module) for module in deployed.modules() if list(module.parameters(False))}
     assert kinds == {nn.Conv2d, nn.Linear}
     for name in ("3", "6", "10"):

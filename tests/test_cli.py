@@ -52,7 +52,7 @@ def saved(content: object) -> str:
 
 
 def broken() -> nn.Module:
-    deployed = spre_fx.finalize(spre_fx.prepare(net(), "1:8"))
+    deployed = spre_fx.finalize(spre_fx.prepare(net(), "1:8"), "dense")
     deployed.get_submodule("3").weight.data[0, :3, 1, 1] = 1.0
     return deployed
 
@@ -123,7 +123,7 @@ def test_verify_a_prepared_model_and_its_state(capsys, options):
 
 
 def test_verify_a_deployed_model_and_its_state():
-    deployed = spre_fx.finalize(spre_fx.prepare(net(), "1:8"))
+    deployed = spre_fx.finalize(spre_fx.prepare(net(), "1:8"), "dense")
     assert main(["verify", saved(deployed), "--trust"]) == 0
     file = saved(deployed.state_dict())
     assert main(["verify", file, "--model", NET, "--pattern", "1:8"]) == 0

@@ -18,7 +18,7 @@ from spre_fx.comparison import SiteChange
 def models():
     dense = small_net()
     prepared = spre_fx.prepare(dense, "1:8")
-    return dense, prepared, spre_fx.finalize(prepared)
+    return dense, prepared, spre_fx.finalize(prepared, "dense")
 
 
 def changes(before: nn.Module, after: nn.Module) -> dict[str, SiteChange]:

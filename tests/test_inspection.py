@@ -48,7 +48,7 @@ def test_live_taps_and_nonzeros_are_those_of_the_masks():
 
 
 def test_a_deployed_model_keeps_names_patterns_and_reasons():
-    sites = by_name(spre_fx.finalize(spre_fx.prepare(small_net(), "1:8")))
+    sites = by_name(spre_fx.finalize(spre_fx.prepare(small_net(), "1:8"), "dense"))
     assert sites["3"].state is State.DEPLOYED
     assert sites["3"].structure == "N:M Conv2d"
     assert (sites["3"].pattern, sites["3"].backend) == ("1:8", "dense")

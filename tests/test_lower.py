@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from spre_fx import Pattern, records
 from spre_fx.backends import DenseBackend, Lowered
+from spre_fx.packed_layers import PackedConv2d
 from spre_fx.passes import FoldBranches, Lower, trace
 
 
@@ -248,3 +249,36 @@ def test_hooks_of_a_layer_run_for_what_it_is_lowered_to() -> None:
     lowered(torch.randn(1, 8, 6, 6))
     assert type(lowered.conv) is Doubling
     assert seen  # once for the conv inside, too
+
+
+def test_a_layer_that_holds_a_module_of_a_taken_name_stays() -> None:
+    gm = deployed_conv(nn.Conv2d(8, 8, 3))
+    gm.conv.add_module("layer", nn.ReLU())  # Doubling has one of that name
+    why = "it holds a module called 'layer', as lowered layers do"
+    assert reasons(Lower(Toy()).run_in_place(gm)) == {
+        "conv": f"refused by the backend: conv: {why}"
+    }
+    assert type(gm.conv) is nn.Conv2d
+
+
+def test_views_become_reshapes_where_a_layer_is_lowered() -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).view(x.size(0), -1).view(torch.int32)
+
+    gm = trace(Views())
+    assert kinds(Lower(Toy())(gm).graph_module).count("view") == 2
+    records.write(gm.conv, records.Record(pattern="1:4"))
+    assert kinds(Lower(Packs())(gm).graph_module)[-4:] == ["size", "reshape", "view", "output"]
+
+
+@dataclass(frozen=True)
+class Packs(Toy):
+    """Packs."""
+
+    def candidates(self, layer: nn.Module, pattern: Pattern) -> list[Lowered]:
+        return [Lowered(PackedConv2d.from_dense(layer), "packed", "is packed")]

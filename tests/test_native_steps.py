@@ -1,4 +1,4 @@
-"""Each kind of node that the engine runs, against the graph, and its neighbours that it does not."""
+"""Each kind of node that the engine runs, against the graph, and those like it that it cannot."""
 
 import copy
 from collections.abc import Callable

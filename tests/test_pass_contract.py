@@ -24,10 +24,12 @@ from spre_fx import (
     Pattern,
 )
 from spre_fx.backends import DenseBackend
+from spre_fx.cpu_backend import CPUBackend
 from spre_fx.passes import (
     Account,
     DuplicateBranches,
     FoldBranches,
+    FuseEpilogues,
     Lower,
     ModulariseCalls,
     Pass,
@@ -66,6 +68,18 @@ def folded(model: nn.Module) -> GraphModule:
     return FoldBranches()(specialised(model)).graph_module
 
 
+@dataclasses.dataclass(frozen=True)
+class Always(CPUBackend):
+    """Packs whatever can be packed."""
+
+    def rule(self, layer, pattern, candidates, input_shape):
+        return candidates[0]
+
+
+def packed(model: nn.Module) -> GraphModule:
+    return Lower(Always())(folded(model)).graph_module
+
+
 # Each pass and the graphs it is run on: those of its pipeline, and a dense one.
 RUNS: dict[str, tuple[Pass, Callable[[nn.Module], GraphModule]]] = {
     "modularise": (ModulariseCalls(), trace),
@@ -81,6 +95,8 @@ RUNS: dict[str, tuple[Pass, Callable[[nn.Module], GraphModule]]] = {
     "fold a dense graph": (FoldBranches(), trace),
     "fold": (FoldBranches(), specialised),
     "lower": (Lower(DenseBackend()), folded),
+    "lower to packed layers": (Lower(Always()), folded),
+    "fuse": (FuseEpilogues(), packed),
 }
 over_runs = pytest.mark.parametrize("run_name", RUNS)
 over_models = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)

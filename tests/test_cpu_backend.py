@@ -1,0 +1,71 @@
+"""The CPU backend: what it takes, what it refuses in words, and its rule."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from spre_fx import Pattern, cpu_backend
+from spre_fx.cpu_backend import CPUBackend, predicted_ratio, processor
+from spre_fx.packed_layers import PackedConv2d, PackedLinear
+
+PATTERN = Pattern(1, 4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind"),
+    [
+        (nn.Conv2d(16, 8, 3, padding="same", groups=4), PackedConv2d),
+        (nn.Linear(16, 8), PackedLinear),
+    ],
+)
+def test_convs_and_linears_are_packed(layer: nn.Module, kind: type[nn.Module]) -> None:
+    (way,) = CPUBackend().candidates(layer, PATTERN)
+    assert (type(way.module), way.kind, way.why) == (kind, "cpu", "computes the 1:4 non-zeros only")
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (nn.Conv1d(16, 8, 3), "found Conv1d"),
+        (nn.Conv2d(16, 8, 3, padding=1, padding_mode="reflect"), "padding_mode='reflect'"),
+        (nn.Conv2d(16, 8, 2, padding="same"), "padding='same'"),
+        (nn.Linear(16, 8).double(), "float64"),
+    ],
+)
+def test_others_are_refused_in_words(layer: nn.Module, words: str) -> None:
+    refused = CPUBackend().candidates(layer, PATTERN)
+    assert isinstance(refused, str)
+    assert words in refused
+
+
+@pytest.mark.parametrize(("isa", "taken"), [("avx512_bf16", True), ("avx512", False)])
+def test_bfloat16_needs_its_instructions(
+    monkeypatch: pytest.MonkeyPatch, isa: str, taken: bool
+) -> None:
+    monkeypatch.setattr(cpu_backend.engine, "load", lambda: SimpleNamespace(isa=isa))
+    found = CPUBackend().candidates(nn.Linear(64, 64).bfloat16(), PATTERN)
+    assert isinstance(found, list) == taken
+
+
+def test_the_rule_follows_the_predicted_ratio() -> None:
+    backend = CPUBackend()
+    for layer, pattern, kind in (
+        (nn.Conv2d(256, 256, 3), Pattern(1, 16), "cpu"),
+        (nn.Conv2d(256, 256, 3), Pattern(3, 4), "dense"),
+        (nn.Conv2d(8, 4, 1), Pattern(1, 4), "dense"),
+    ):
+        ways = backend.candidates(layer, pattern)
+        assert isinstance(ways, list)
+        chosen = backend.rule(layer, pattern, ways, None)
+        assert chosen.kind == kind
+        assert (chosen.kind == "cpu") == (predicted_ratio(layer, pattern) > 1)
+        assert (chosen.module is layer) == (kind == "dense")
+
+
+def test_times_are_those_of_a_processor_and_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert processor() in CPUBackend().machine
+    before = CPUBackend().machine
+    monkeypatch.setattr(cpu_backend.engine, "load", lambda: SimpleNamespace(isa="other"))
+    assert CPUBackend().machine != before
