@@ -91,8 +91,6 @@ __attribute__((noinline)) void sparse_kernel(const SparseTile<typename Traits::E
 // The kernels of one element type by blocks and pixels. More sums than these spill.
 template <class Traits>
 struct SparseKernels {
-  static constexpr int kMaxBlocks = 4;
-  static constexpr int kMaxPixels = 14;
   static constexpr bool exists(int64_t blocks, int64_t pixels) {
     return blocks >= 1 && pixels >= 1 && blocks <= kMaxBlocks && pixels <= kMaxPixels &&
            blocks * pixels <= kMaxSums && blocks != 3;
@@ -146,21 +144,21 @@ struct SparseConv {
         group_outputs(step.out_channels / step.groups),
         blocks(ceil_div(group_outputs, kLanes)),
         channel_groups(ceil_div(step.channels / step.groups, Traits::kGroup)),
-        block_bytes(channel_groups * step.kernel_h * step.kernel_w * step.slots * 2 * kCacheLine) {
+        block_bytes(channel_groups * step.kernel_h * step.kernel_w * step.slots * 2 * kCacheLine),
+        rows(step, step.tile_rows) {
     tile_blocks = std::max<int64_t>(1, std::min(step.tile_blocks, blocks));
-    tile_blocks = tile_blocks == 3 ? 2 : tile_blocks;
     tile_pixels = std::max<int64_t>(1, step.tile_pixels);
     split = std::max<int64_t>(1, std::min(step.split, ceil_div(blocks, tile_blocks)));
-    const int64_t rows = std::max<int64_t>(1, step.tile_rows);
     if (flat) {  // a 1x1 conv knows no rows: tiles are stretches of all pixels of the batch
-      pixels = step.batch * step.out_height * step.out_width;
-      unit = std::min(pixels, round_up(rows * step.out_width, tile_pixels));
-      tiles = unit == 0 ? 0 : ceil_div(pixels, unit);
+      first_pixel = rows.first_row() * s.out_width;
+      last_pixel = rows.last_row() * s.out_width;
+      unit = round_up(std::max<int64_t>(1, step.tile_rows) * s.out_width, tile_pixels);
+      unit = std::max<int64_t>(1, std::min(unit, last_pixel - first_pixel));
+      tiles = ceil_div(last_pixel - first_pixel, unit);
       input.set_flat(unit);
     } else {
-      unit = std::min(rows, step.out_height);
-      tiles = unit == 0 ? 0 : step.batch * ceil_div(step.out_height, unit);
-      input.set_rows(unit);
+      tiles = rows.size();
+      input.set_rows(rows.unit());
     }
   }
 
@@ -185,13 +183,11 @@ struct SparseConv {
  private:
   void pack(const X* x, int64_t tile, X* scratch) const {
     if (flat) {
-      const int64_t from = tile * unit;
-      input.pack_pixels(x + from * s.x_stride, std::min(unit, pixels - from), scratch);
+      const int64_t from = first_pixel + tile * unit;
+      input.pack_pixels(x + from * s.x_stride, std::min(unit, last_pixel - from), scratch);
     } else {
-      const int64_t tiles_an_image = ceil_div(s.out_height, unit);
-      const int64_t image = tile / tiles_an_image, row = tile % tiles_an_image * unit;
-      input.pack_rows(x + image * s.height * s.width * s.x_stride, row,
-                      std::min(unit, s.out_height - row), scratch);
+      const auto [image, row, count] = rows[tile];
+      input.pack_rows(x + image * s.height * s.width * s.x_stride, row, count, scratch);
     }
   }
 
@@ -225,7 +221,8 @@ struct SparseConv {
       const int64_t count = std::min(tile_blocks, blocks - block);
       // What is left of an odd number of blocks goes through the smaller kernels.
       for (int64_t done = 0; done < count;) {
-        const int64_t now = count - done >= 4 ? 4 : count - done >= 2 ? 2 : 1;
+        const int64_t left = std::min<int64_t>(count - done, kMaxBlocks);
+        const int64_t now = left >= 4 ? 4 : left >= 2 ? 2 : 1;
         const int64_t here = block + done;
         const int64_t output = g * group_outputs + here * kLanes;
         t.weight = weight + (g * blocks + here) * block_bytes;
@@ -242,15 +239,13 @@ struct SparseConv {
   void run_blocks(int64_t count, SparseTile<X>& t, int64_t tile, const X* base, X* y,
                   const X* residual) const {
     if (flat) {
-      const int64_t from = tile * unit, to = std::min(pixels, from + unit);
+      const int64_t from = first_pixel + tile * unit, length = std::min(unit, last_pixel - from);
       const X* x = s.direct ? base + from * s.x_stride : base;
-      run_stretch(count, t, x, s.direct ? s.x_stride : Traits::kGroup, from, to - from, y, residual);
+      run_stretch(count, t, x, s.direct ? s.x_stride : Traits::kGroup, from, length, y, residual);
       return;
     }
-    const int64_t tiles_an_image = ceil_div(s.out_height, unit);
-    const int64_t image = tile / tiles_an_image, row = tile % tiles_an_image * unit;
-    const int64_t rows = std::min(unit, s.out_height - row);
-    for (int64_t r = 0; r < rows; ++r) {
+    const auto [image, row, many] = rows[tile];
+    for (int64_t r = 0; r < many; ++r) {
       const X* x = s.direct
                        ? base + ((image * s.height + (row + r) * s.stride_h) * s.width) * s.x_stride
                        : base + r * s.stride_h * input.row_stride();
@@ -262,7 +257,7 @@ struct SparseConv {
   // Consecutive output pixels, in tiles of nearly equal size.
   void run_stretch(int64_t count, SparseTile<X>& t, const X* x, int64_t x_step, int64_t from,
                    int64_t length, X* y, const X* residual) const {
-    const int64_t most = std::min<int64_t>(tile_pixels, kMaxSums / count);
+    const int64_t most = std::min({tile_pixels, int64_t{kMaxPixels}, kMaxSums / count});
     const int64_t parts = ceil_div(length, most);
     for (int64_t i = 0; i < parts; ++i) {
       const int64_t begin = length * i / parts, width = length * (i + 1) / parts - begin;
@@ -281,7 +276,9 @@ struct SparseConv {
   bool flat;
   int64_t group_outputs, blocks, channel_groups, block_bytes;
   int64_t tile_blocks, tile_pixels, split;
-  int64_t pixels = 0, unit, tiles;
+  RowTiles rows;
+  int64_t first_pixel = 0, last_pixel = 0, unit = 0;  // of a flat conv
+  int64_t tiles;
 };
 
 }  // namespace spre

@@ -134,6 +134,10 @@ struct WideFloat32Traits : HalvedFloat32Traits {
 };
 
 inline constexpr int kRegisters = 8;  // of 16 lanes
-inline constexpr int kMaxSums = 6;    // 16-lane sums that leave registers for the rest
+// See vector_avx512.h.
+inline constexpr int kMaxSums = 6;
+inline constexpr int kMaxBlocks = 2;
+inline constexpr int kMaxPixels = 6;
+inline constexpr int kReadOnceSums = 4;
 
 }  // namespace spre

@@ -125,6 +125,11 @@ struct BFloat16Traits {
 #endif
 
 inline constexpr int kRegisters = 32;
-inline constexpr int kMaxSums = 28;  // 16-lane sums that leave registers for the rest
+// Sums of a sparse kernel: at most so many, in at most so many blocks, at so many pixels; and how
+// many leave registers for the weights, so that the input is read once.
+inline constexpr int kMaxSums = 28;
+inline constexpr int kMaxBlocks = 4;
+inline constexpr int kMaxPixels = 14;
+inline constexpr int kReadOnceSums = 22;
 
 }  // namespace spre

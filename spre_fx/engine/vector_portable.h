@@ -116,6 +116,10 @@ using HalvedFloat32Traits = Float32Traits;
 using WideFloat32Traits = GatherTraits<32>;
 
 inline constexpr int kRegisters = 4;
-inline constexpr int kMaxSums = 4;  // 16-lane sums that leave registers for the rest
+// See vector_avx512.h.
+inline constexpr int kMaxSums = 4;
+inline constexpr int kMaxBlocks = 2;
+inline constexpr int kMaxPixels = 4;
+inline constexpr int kReadOnceSums = 4;
 
 }  // namespace spre
