@@ -11,7 +11,7 @@ import mmap
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -85,7 +85,7 @@ class Pixels:
     def place(self, elements: Tensor) -> Tensor:
         n, c, h, w = self.values.shape
         strides = (h * w * self.stride, 1, w * self.stride, self.stride)
-        return elements.as_strided((n, c, h, w), strides, self.offset)
+        return elements[self.offset :].as_strided((n, c, h, w), strides)
 
     def read(self) -> Tensor:
         return self.place(self.memory.bytes.view(self.values.dtype)).clone()
@@ -108,6 +108,28 @@ class Case:
     residual: Pixels | None = None
     weight: Fenced | None = None
     bias: Fenced | None = None
+
+    def rows(self, first: int, count: int) -> Case:
+        """The same case for a range of output rows alone, counted through the images."""
+        y = Pixels(self.y.values, self.y.stride, self.y.offset)
+        step = Step.from_buffer_copy(self.step)
+        step.first_row, step.row_count = first, count
+        inside = torch.zeros(step.batch * step.out_height, dtype=torch.bool)
+        inside[first : first + count] = True
+        inside = inside.view(step.batch, 1, step.out_height, 1)
+        expected = torch.where(inside, self.expected, y.values.double())
+        residual = y if self.residual is self.y else self.residual
+        return replace(self, step=step, y=y, residual=residual, expected=expected)
+
+    def some_rows(self, draw: Draw) -> Case:
+        """The same case for rows of one image, or whole images."""
+        batch, height = self.step.batch, self.step.out_height
+        first, last = sorted(draw.random.sample(range(height + 1), 2))
+        if draw.chance():
+            image = draw.random.randrange(batch)
+            return self.rows(image * height + first, last - first)
+        first, last = sorted(draw.random.sample(range(batch + 1), 2))
+        return self.rows(first * height, (last - first) * height)
 
     def run(self, engine: Engine, threads: int) -> None:
         """Run the step and compare.
@@ -290,10 +312,9 @@ def sparse_conv(draw: Draw) -> Case:
     shape = (outputs * groups, inputs, w["kernel_h"], w["kernel_w"])
     weight = pruned(draw, draw.normal(*shape), n, m)
     packed = weight_layout.pack(weight, groups)
-    slots, channel_group = weight_layout.slots_and_channel_group(
-        tuple(packed.shape), shape, groups, draw.dtype
-    )
-    fields = {"slots": slots, "channel_group": channel_group, "groups": groups}
+    by_16 = draw.dtype == torch.float32 and packed.shape[2] == -(-inputs // 16)
+    channel_group = 16 if by_16 else 32
+    fields = {"slots": packed.shape[4], "channel_group": channel_group, "groups": groups}
     halves = in_halves(packed) if channel_group == 16 else None
     if halves is not None and draw.chance():
         packed, fields["halves"] = halves, 1
@@ -427,8 +448,10 @@ def main(directory: str, isa: str, count: str) -> None:
     for make in KINDS.values():
         for seed in range(int(count)):
             for dtype in dtypes(isa):
-                made = make(Draw(seed, dtype, finite=seed % 4 != 3))
+                draw = Draw(seed, dtype, finite=seed % 4 != 3)
+                made = make(draw)
                 assert engine.takes(made.step)
+                made.some_rows(draw).run(engine, THREADS[seed % len(THREADS)])
                 made.run(engine, THREADS[seed % len(THREADS)])
 
 

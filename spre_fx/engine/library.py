@@ -16,7 +16,7 @@ from spre_fx.errors import OptionError
 
 VERSION = 3  # of engine.h
 VARIABLE = "SPRE_FX_ENGINE"
-ISAS = ("avx512", "avx2", "portable")  # the best first
+ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # the best first
 
 _NOT_INSTALLED = (
     "spre_fx was installed without its C++ kernels (no C++ compiler was found, or it failed), so "
@@ -33,7 +33,7 @@ class Engine:
     """A loaded library. It keeps no state, so any number of threads may call it at once.
 
     Attributes:
-        isa: The instruction set that it was compiled for: one of "avx512", "avx2", "portable".
+        isa: The instruction set that it was compiled for: one of `ISAS`.
         one_thread: Why everything runs on one thread; "" where it does not.
     """
 
@@ -74,7 +74,7 @@ def load() -> Engine | None:
     """The engine for this CPU, loaded once; None where there is none.
 
     The environment variable SPRE_FX_ENGINE, read when this is first called, takes another one:
-    "avx512", "avx2", "portable", or "none".
+    "avx512_bf16", "avx512", "avx2", "portable", or "none".
 
     Raises:
         OptionError: If the variable has another value, or this installation or CPU lacks what it
