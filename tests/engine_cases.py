@@ -335,7 +335,7 @@ def sparse_conv(draw: Draw) -> Case:
 
 
 def in_halves(packed: Tensor) -> Tensor | None:
-    """A packed float32 weight with the slots of each half of a group apart; None if they do not fit."""
+    """A packed float32 weight with each half of a group in its half of the slots, if they fit."""
     slots = packed.shape[4]
     values, channels = packed.unbind(5)
     parts = [values.ne(0) & (channels < 8), values.ne(0) & (channels >= 8)]

@@ -88,7 +88,7 @@ def test_a_stale_build_is_refused(tmp_path, stale):
         version = library.VERSION - (isa == stale)
         build(tmp_path, isa, version=version, supported="avx2 portable")
     found = library.find(tmp_path, library.ISAS)
-    assert re.search(rf"_{stale}\.so was compiled for version 0 .* reinstall spre_fx", found)
+    assert re.search(rf"_{stale}\.so was compiled for version .* reinstall spre_fx", found)
 
 
 def test_a_damaged_library_is_refused(tmp_path):
