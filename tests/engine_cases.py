@@ -11,7 +11,7 @@ import mmap
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -108,28 +108,6 @@ class Case:
     residual: Pixels | None = None
     weight: Fenced | None = None
     bias: Fenced | None = None
-
-    def rows(self, first: int, count: int) -> Case:
-        """The same case for a range of output rows alone, counted through the images."""
-        y = Pixels(self.y.values, self.y.stride, self.y.offset)
-        step = Step.from_buffer_copy(self.step)
-        step.first_row, step.row_count = first, count
-        inside = torch.zeros(step.batch * step.out_height, dtype=torch.bool)
-        inside[first : first + count] = True
-        inside = inside.view(step.batch, 1, step.out_height, 1)
-        expected = torch.where(inside, self.expected, y.values.double())
-        residual = y if self.residual is self.y else self.residual
-        return replace(self, step=step, y=y, residual=residual, expected=expected)
-
-    def some_rows(self, draw: Draw) -> Case:
-        """The same case for rows of one image, or whole images."""
-        batch, height = self.step.batch, self.step.out_height
-        first, last = sorted(draw.random.sample(range(height + 1), 2))
-        if draw.chance():
-            image = draw.random.randrange(batch)
-            return self.rows(image * height + first, last - first)
-        first, last = sorted(draw.random.sample(range(batch + 1), 2))
-        return self.rows(first * height, (last - first) * height)
 
     def run(self, engine: Engine, threads: int) -> None:
         """Run the step and compare.
@@ -448,10 +426,8 @@ def main(directory: str, isa: str, count: str) -> None:
     for make in KINDS.values():
         for seed in range(int(count)):
             for dtype in dtypes(isa):
-                draw = Draw(seed, dtype, finite=seed % 4 != 3)
-                made = make(draw)
+                made = make(Draw(seed, dtype, finite=seed % 4 != 3))
                 assert engine.takes(made.step)
-                made.some_rows(draw).run(engine, THREADS[seed % len(THREADS)])
                 made.run(engine, THREADS[seed % len(THREADS)])
 
 

@@ -121,7 +121,9 @@ def test_the_variable_turns_it_off(monkeypatch):
 
 def test_another_value_of_the_variable_is_an_error(monkeypatch):
     monkeypatch.setenv(library.VARIABLE, "sse")
-    with pytest.raises(OptionError, match="to be avx512_bf16, avx512, avx2, portable or none, found 'sse'"):
+    with pytest.raises(
+        OptionError, match="to be avx512_bf16, avx512, avx2, portable or none, found 'sse'"
+    ):
         engine.load()
 
 

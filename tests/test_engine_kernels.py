@@ -52,14 +52,6 @@ def test_what_is_not_finite_passes_through_as_in_torch(each_engine, kind):
         case.run(each_engine, 1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_range_of_rows_is_computed_alone(each_engine, kind):
-    for seed in range(12):
-        for dtype in dtypes(each_engine.isa):
-            draw = Draw(seed, dtype)
-            KINDS[kind](draw).some_rows(draw).run(each_engine, 2)
-
-
 @pytest.mark.parametrize("x", ["inf", "-inf", "nan", "500", "-500", "-88", "-3", "0"])
 @pytest.mark.parametrize("activation", [Activation.SILU, Activation.HARDSWISH, Activation.RELU6])
 def test_activations_at_the_ends_of_their_range(each_engine, activation, x):
