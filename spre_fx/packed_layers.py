@@ -18,6 +18,7 @@ from spre_fx.errors import ModelError, OptionError
 from spre_fx.packed_ops import ACTIVATIONS, Pair, conv2d_step, linear_step
 from spre_fx.weight_layout import (
     Layout,
+    channels_below,
     layout,
     pack,
     pack_bias,
@@ -130,6 +131,15 @@ class _Packed(nn.Module):
 
     def _weight_shape(self) -> tuple[int, int, int, int]:
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Load, refusing a damaged weight: the engine reads whatever channels it names."""
+        packed = state_dict.get(f"{prefix}packed")
+        if packed is not None and not channels_below(packed, self.channel_group):
+            errors: list[str] = rest[-1]
+            errors.append(f"{prefix}packed is damaged: it names channels outside of their group.")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the buffers; the bias stays float32, whatever type the rest of a model takes."""

@@ -141,6 +141,12 @@ def unpack(packed: Tensor, shape: tuple[int, ...], groups: int = 1) -> Tensor:
     return weight.contiguous().view(dtype)
 
 
+def channels_below(packed: Tensor, channel_group: int) -> bool:
+    """Whether all channels that a packed weight names are those of a channel group."""
+    channels = packed.select(-2, 1)
+    return not bool(((channels < 0) | (channels >= channel_group)).any())
+
+
 def padded_outputs(out_channels: int, groups: int = 1) -> int:
     """Numbers in a packed bias: those of each group, and zeros up to a multiple of 16."""
     return groups * -(-out_channels // (groups * BLOCK)) * BLOCK

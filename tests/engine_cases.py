@@ -85,7 +85,7 @@ class Pixels:
     def place(self, elements: Tensor) -> Tensor:
         n, c, h, w = self.values.shape
         strides = (h * w * self.stride, 1, w * self.stride, self.stride)
-        return elements.as_strided((n, c, h, w), strides, self.offset)
+        return elements[self.offset :].as_strided((n, c, h, w), strides)
 
     def read(self) -> Tensor:
         return self.place(self.memory.bytes.view(self.values.dtype)).clone()

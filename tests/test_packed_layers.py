@@ -148,6 +148,15 @@ def test_a_state_dict_of_other_masks_is_refused_by_torch():
         conv.load_state_dict(PackedConv2d.from_dense(sparse(nn.Conv2d(32, 16, 1))).state_dict())
 
 
+@pytest.mark.parametrize("channel", [-1, 16])
+def test_a_damaged_state_dict_is_refused(channel):
+    conv = PackedConv2d.from_dense(sparse(nn.Conv2d(32, 16, 1), "2:4"))
+    state = copy.deepcopy(conv.state_dict())
+    state["packed"][0, 0, 1, 0, 1, 0, 1, 3] = channel
+    with pytest.raises(RuntimeError, match="packed is damaged: it names channels outside"):
+        conv.load_state_dict(state)
+
+
 def test_the_type_is_that_of_the_packed_weight_whatever_is_done():
     net, x = Net(), torch.randn(1, 32, 6, 6)
     before = net(x)

@@ -136,8 +136,8 @@ struct WideFloat32Traits : HalvedFloat32Traits {
 inline constexpr int kRegisters = 8;  // of 16 lanes
 // See vector_avx512.h.
 inline constexpr int kMaxSums = 6;
-inline constexpr int kMaxBlocks = 2;
+inline constexpr int kMaxBlocks = 1;  // the permutes read x from memory: more blocks share nothing
 inline constexpr int kMaxPixels = 6;
-inline constexpr int kReadOnceSums = 4;
+inline constexpr int kReadOnceSums = 6;
 
 }  // namespace spre

@@ -118,7 +118,7 @@ using WideFloat32Traits = GatherTraits<32>;
 inline constexpr int kRegisters = 4;
 // See vector_avx512.h.
 inline constexpr int kMaxSums = 4;
-inline constexpr int kMaxBlocks = 2;
+inline constexpr int kMaxBlocks = 1;
 inline constexpr int kMaxPixels = 4;
 inline constexpr int kReadOnceSums = 4;
 

@@ -1,0 +1,106 @@
+// Runs programs of every kind of step on threads of its own, two programs at once, for
+// ThreadSanitizer: a data race, or a result that depends on the number of threads, is an error.
+//
+// Compiled with -DENGINE="<one of the engine's .cpp files>".
+#include ENGINE
+
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+
+namespace {
+
+using spre::Step;
+
+thread_local int thread_number = 0;
+thread_local int thread_count = 1;
+
+// What OpenMP does, in a way that ThreadSanitizer understands.
+void parallel(void (*run)(void*), void* data, unsigned threads, unsigned) {
+  std::vector<std::thread> all;
+  for (unsigned i = 0; i < threads; ++i)
+    all.emplace_back([=] {
+      thread_number = static_cast<int>(i);
+      thread_count = static_cast<int>(threads);
+      run(data);
+    });
+  for (std::thread& each : all) each.join();
+}
+int number() { return thread_number; }
+int count() { return thread_count; }
+
+constexpr int64_t kChannels = 48, kSide = 11, kSlots = 4, kTaps = 9;
+constexpr int64_t kNumbers = kChannels * kSide * kSide;
+
+Step step(int64_t kind, int64_t x, int64_t y, int64_t weight) {
+  Step s = {};
+  s.kind = kind;
+  s.x = x;
+  s.y = y;
+  s.residual = s.bias = -1;
+  s.weight = weight;
+  s.x_stride = s.y_stride = s.residual_stride = s.channels = s.out_channels = kChannels;
+  s.batch = s.groups = 1;
+  s.height = s.width = s.out_height = s.out_width = kSide;
+  s.kernel_h = s.kernel_w = 3;
+  s.stride_h = s.stride_w = s.padding_h = s.padding_w = s.dilation_h = s.dilation_w = 1;
+  s.slots = kSlots;
+  s.channel_group = 16;
+  return s;
+}
+
+// One run of a program of all kinds: buffers 0 and 1 are activations, 2 to 4 weights.
+std::vector<float> run(int64_t threads, unsigned seed) {
+  using Line = struct alignas(64) { float numbers[16]; };
+  const auto lines = [](int64_t numbers) { return std::vector<Line>(numbers / 16 + 1); };
+  std::vector<std::vector<Line>> memory = {lines(kNumbers), lines(kNumbers),
+                                           lines(kChannels * kChannels / 16 * kTaps * kSlots * 2),
+                                           lines(kTaps * kChannels * kChannels),
+                                           lines(kTaps * kChannels)};
+  std::vector<void*> buffers;
+  for (auto& each : memory) {
+    for (Line& line : each)
+      for (float& x : line.numbers)
+        x = static_cast<float>((seed = seed * 1664525u + 1013904223u) >> 8) / (1 << 26) - .1f;
+    buffers.push_back(each.data());
+  }
+  // Every other line of sparse weights holds channels.
+  for (size_t i = 1; i < memory[2].size(); i += 2)
+    for (float& x : memory[2][i].numbers) {
+      const int32_t channel = static_cast<int32_t>((seed = seed * 1664525u + 1013904223u) >> 28);
+      std::memcpy(&x, &channel, sizeof(x));
+    }
+  std::vector<Step> steps = {
+      step(spre::kSparseConv, 0, 1, 2),    step(spre::kDepthwiseConv, 1, 0, 4),
+      step(spre::kMaxPool, 0, 1, -1),      step(spre::kDenseConv, 1, 0, 3),
+      step(spre::kAveragePool, 0, 1, -1),  step(spre::kAffine, 1, 0, -1),
+      step(spre::kSparseConv, 0, 1, 2),    step(spre::kCopy, 1, 0, -1),
+  };
+  for (size_t i : {5u, 7u}) steps[i].kernel_h = steps[i].kernel_w = 1, steps[i].padding_h = steps[i].padding_w = 0;
+  steps[6].residual = 1;  // in place
+  const auto size = static_cast<int64_t>(steps.size());
+  for (const Step& s : steps)
+    if (!spre_takes(&s)) std::abort();
+  std::vector<Line> scratch(spre_scratch(steps.data(), size, threads) / 64 + 1);
+  const spre::OpenMP openmp = {parallel, number, count};
+  spre_run(steps.data(), size, buffers.data(), scratch.data(), threads, &openmp);
+  const float* y = memory[0][0].numbers;
+  return std::vector<float>(y, y + kNumbers);
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<float> expected[] = {run(1, 1), run(1, 2)};
+  bool same = expected[0] != expected[1];
+  for (int64_t threads : {2, 3, 5}) {
+    std::vector<float> found[2];
+    std::thread other([&] { found[0] = run(threads, 1); });
+    found[1] = run(threads, 2);
+    other.join();
+    for (int i = 0; i < 2; ++i)
+      same = same && std::memcmp(found[i].data(), expected[i].data(), kNumbers * 4) == 0;
+  }
+  if (!same) std::fprintf(stderr, "results depend on the number of threads\n");
+  return same ? 0 : 1;
+}
