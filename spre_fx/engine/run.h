@@ -16,8 +16,10 @@ P* at(void* const* buffers, int64_t buffer, int64_t offset) {
   return buffer < 0 ? nullptr : reinterpret_cast<P*>(static_cast<char*>(buffers[buffer]) + offset);
 }
 
-template <class X, class Sparse, class Halved, class Wide>
+template <class Sparse, class Halved, class Wide, class Dense>
 struct Runner {
+  using X = typename Sparse::Element;
+
   // `then(traits)`, those that read the weights of a sparse conv.
   template <class Then>
   static auto with_traits(const Step& s, Then then) {
@@ -33,7 +35,7 @@ struct Runner {
           return SparseConv<decltype(traits)>(s).scratch_bytes();
         });
       case kDenseConv:
-        return DenseConv<X>(s).scratch_bytes();
+        return DenseConv<Dense>(s).scratch_bytes();
       default:
         return 0;
     }
@@ -53,7 +55,7 @@ struct Runner {
           SparseConv<decltype(traits)>(s).run(x, y, residual, bytes, bias, worker);
         });
       case kDenseConv:
-        return DenseConv<X>(s).run(x, y, residual, weight, bias, worker);
+        return DenseConv<Dense>(s).run(x, y, residual, weight, bias, worker);
       case kDepthwiseConv:
         return WindowStep<DepthwiseWindow, X>(s).run(x, y, residual, weight, bias, worker);
       case kMaxPool:
@@ -71,9 +73,9 @@ struct Runner {
   }
 };
 
-using Float32Runner = Runner<float, Float32Traits, HalvedFloat32Traits, WideFloat32Traits>;
+using Float32Runner = Runner<Float32Traits, HalvedFloat32Traits, WideFloat32Traits, Float32Numbers>;
 #ifdef SPRE_HAS_BFLOAT16
-using BFloat16Runner = Runner<BFloat16, BFloat16Traits, BFloat16Traits, BFloat16Traits>;
+using BFloat16Runner = Runner<BFloat16Traits, BFloat16Traits, BFloat16Traits, BFloat16Numbers>;
 #endif
 
 inline void run_step(const Step& s, void* const* buffers, const Worker& worker) {
