@@ -2,19 +2,20 @@
 
 A packed N:M weight is an integer tensor of shape
 
-    (groups, ceil(O / 16), ceil(C / channel_group), kH * kW, slots, 2, lanes)
+    (groups, ceil(O / 16), ceil(C / channel_group), kH * kW, halves, slots / halves, 2, lanes)
 
 with O outputs and C inputs in each of the groups: int32 with 16 lanes for float32 weights, int16
 with 32 lanes for bfloat16 ones. Values are stored bit for bit, next to the channels that they
 multiply. Every output keeps as many slots as the fullest one needs, so any pattern, and a dense
-weight too, can be packed; the fewer non-zeros the smaller. Zeros of either sign are not stored, so
-that -0.0 comes back as 0.0.
+weight too, can be packed; the fewer non-zeros the smaller. There are 2 halves where each half of a
+channel group needs half of the slots, which shorter registers read faster, and else 1. Zeros of
+either sign are not stored, so that -0.0 comes back as 0.0.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,19 +28,19 @@ _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 _FLOATS = {bits: dtype for dtype, bits in _BITS.items()}
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """How the channels of a weight are cut into channel groups.
+class Layout(NamedTuple):
+    """What differs from one packed weight to the next.
 
     Attributes:
-        channel_group: Channels of each.
-        slots: The most slots that any output needs in any of them, 1 at least.
-        pairs: Non-zeros in a slot: 1 for float32, 2 for bfloat16.
+        slots: Of each output in each channel group at each tap, 1 at least. A slot holds one
+            non-zero of a float32 weight and two of a bfloat16 one.
+        channel_group: Input channels that are looked at together, 16 or 32.
+        halves: 2 where either half of the slots belongs to a half of the channel group, else 1.
     """
 
-    channel_group: int
     slots: int
-    pairs: int
+    channel_group: int
+    halves: int
 
 
 def packable(dtype: torch.dtype) -> bool:
@@ -47,20 +48,35 @@ def packable(dtype: torch.dtype) -> bool:
     return dtype in _BITS
 
 
-def weight_dtype(packed: Tensor) -> torch.dtype:
-    """The type of the weight that a packed tensor was made of."""
-    return _FLOATS[packed.dtype]
+def weight_dtype(packed: torch.dtype) -> torch.dtype:
+    """The type of a weight that is packed into integers of a type."""
+    return _FLOATS[packed]
 
 
-def packed_slots(packed: Tensor) -> int:
-    """Slots of each output in each channel group at each tap."""
-    return packed.shape[4]
+def layout(
+    packed: tuple[int, ...], shape: tuple[int, ...], groups: int, dtype: torch.dtype
+) -> Layout:
+    """Read the layout of a packed weight from its shape.
 
+    Args:
+        packed: Its shape.
+        shape: `(C_out, C_in/groups, kH, kW)`.
+        groups: Of the convolution.
+        dtype: Of the weight.
 
-def packed_channel_group(packed: Tensor, channels: int) -> int:
-    """Channels of one channel group of a packed weight with C = `channels` inputs a group."""
-    sixteen = weight_dtype(packed) == torch.float32 and packed.shape[2] == -(-channels // 16)
-    return 16 if sixteen else 32
+    Raises:
+        ModelError: If this is not the shape that such a weight is packed in.
+    """
+    halves, slots = packed[4:6] if len(packed) == 8 else (1, 1)
+    by_16 = dtype == torch.float32 and len(packed) == 8 and packed[2] == -(-shape[1] // 16)
+    found = Layout(slots * halves, 16 if by_16 else 32, halves)
+    expected = (groups, *_counts(shape, groups, found.channel_group), halves, slots, 2)
+    if packed != (*expected, BLOCK * _pairs(dtype)) or slots < 1 or halves > by_16 + 1:
+        raise ModelError(
+            f"expected a packed weight of shape {(*expected, BLOCK * _pairs(dtype))} for a "
+            f"{dtype} weight of shape {shape} in {groups} groups, found {packed}."
+        )
+    return found
 
 
 def pack(weight: Tensor, groups: int = 1) -> Tensor:
@@ -80,21 +96,22 @@ def pack(weight: Tensor, groups: int = 1) -> Tensor:
     if not packable(weight.dtype):
         raise ModelError(f"expected a weight of float32 or bfloat16, found {weight.dtype}.")
     weight = weight.detach()
-    cut = _cut(weight)
-    entries = cut.slots * cut.pairs
-    rows = _rows(weight, groups, cut.channel_group)
+    slots, channel_group, halves = _choose(weight)
+    rows = _rows(weight, groups, channel_group)
     kept = rows != 0
-    counts = kept.view(-1, cut.channel_group).sum(1)
+    part, pairs = channel_group // halves, _pairs(weight.dtype)
+    counts = kept.view(-1, part).sum(1)
     place = kept.view(-1).nonzero().squeeze(1)
-    row, channel = place // cut.channel_group, place % cut.channel_group
+    entries = slots // halves * pairs
     first = torch.arange(len(counts), device=place.device) * entries - counts.cumsum(0) + counts
-    entry = first[row].add_(torch.arange(len(row), device=place.device))
+    entry = first[place // part].add_(torch.arange(len(place), device=place.device))
     packed = rows.new_zeros(2, len(counts) * entries, dtype=_BITS[weight.dtype])
     packed[0].scatter_(0, entry, rows.view(-1)[place].view(packed.dtype))
-    packed[1].scatter_(0, entry, channel.to(packed.dtype))
-    # (2, G, O/16, C/cg, taps, lane, slot, pair) to (G, O/16, C/cg, taps, slot, 2, lane, pair)
-    apart = packed.view(2, *rows.shape[:-1], cut.slots, cut.pairs)
-    ordered: Tensor = apart.permute(1, 2, 3, 4, 6, 0, 5, 7).flatten(-2)
+    packed[1].scatter_(0, entry, (place % channel_group).to(packed.dtype))
+    # (2, G, O/16, C/cg, taps, lane, half, slot, pair)
+    # to (G, O/16, C/cg, taps, half, slot, 2, lane, pair)
+    apart = packed.view(2, *rows.shape[:-1], halves, slots // halves, pairs)
+    ordered: Tensor = apart.permute(1, 2, 3, 4, 6, 7, 0, 5, 8).flatten(-2)
     return ordered.contiguous()
 
 
@@ -109,24 +126,30 @@ def unpack(packed: Tensor, shape: tuple[int, ...], groups: int = 1) -> Tensor:
     Raises:
         ModelError: If the packed tensor is not one of such a weight.
     """
-    channel_group = packed_channel_group(packed, shape[1])
+    dtype = weight_dtype(packed.dtype)
+    _, channel_group, _ = layout(tuple(packed.shape), shape, groups, dtype)
     blocks, cuts, taps = _counts(shape, groups, channel_group)
-    slots, pairs = packed.shape[4], packed.shape[6] // BLOCK
-    lanes = BLOCK if weight_dtype(packed) == torch.float32 else 2 * BLOCK
-    expected = (groups, blocks, cuts, taps, slots, 2, lanes)
-    if tuple(packed.shape) != expected:
-        raise ModelError(
-            f"expected a packed weight of shape {expected} for a weight of shape {shape} in "
-            f"{groups} groups, found {tuple(packed.shape)}."
-        )
-    apart = packed.view(groups, blocks, cuts, taps, slots, 2, BLOCK, pairs)
-    values, channels = apart.permute(5, 0, 1, 2, 3, 6, 4, 7).flatten(1, 5).flatten(2)
+    apart = packed.view(*packed.shape[:-1], BLOCK, _pairs(dtype))
+    # (G, O/16, C/cg, taps, half, slot, 2, lane, pair)
+    # to (2, G, O/16, C/cg, taps, lane, half, slot, pair)
+    values, channels = apart.permute(6, 0, 1, 2, 3, 7, 4, 5, 8).flatten(1, 5).flatten(2)
     # Added, since a free slot holds zero bits and channel 0, where a value may stand already.
     rows = values.new_zeros(len(values), channel_group).scatter_add_(1, channels.long(), values)
     ordered = rows.view(groups, blocks, cuts, taps, BLOCK, channel_group)
     outputs = ordered.permute(0, 1, 4, 2, 5, 3).reshape(groups, blocks * BLOCK, -1, taps)
     weight: Tensor = outputs[:, : shape[0] // groups, : shape[1]].reshape(shape)
-    return weight.contiguous().view(weight_dtype(packed))
+    return weight.contiguous().view(dtype)
+
+
+def channels_below(packed: Tensor, channel_group: int) -> bool:
+    """Whether all channels that a packed weight names are those of a channel group."""
+    channels = packed.select(-2, 1)
+    return not bool(((channels < 0) | (channels >= channel_group)).any())
+
+
+def padded_outputs(out_channels: int, groups: int = 1) -> int:
+    """Numbers in a packed bias: those of each group, and zeros up to a multiple of 16."""
+    return groups * -(-out_channels // (groups * BLOCK)) * BLOCK
 
 
 def pack_bias(bias: Tensor | None, groups: int = 1) -> Tensor | None:
@@ -166,17 +189,22 @@ def pack_depthwise(weight: Tensor) -> Tensor:
     return _pad_to(weight.detach().flatten(1), 0, BLOCK).t().contiguous()
 
 
-def _cut(weight: Tensor) -> _Cut:
-    pairs = 1 if weight.dtype == torch.float32 else 2
-    by_16 = _pad_to((weight != 0).flatten(2), 1, 32).unflatten(1, (-1, 16)).sum(2)
-    most_16, most_32 = (
-        max(int(counts.max()), 1) if counts.numel() else 1
-        for counts in (by_16, by_16.unflatten(1, (-1, 2)).sum(2))
+def _choose(weight: Tensor) -> Layout:
+    """The layout with the fewest slots in all."""
+    kept = _pad_to((weight != 0).flatten(2), 1, 32)
+    most_8, most_16, most_32 = (
+        int(F.pad(kept.unflatten(1, (-1, size)).sum(2).flatten(), (0, 1), value=1).max())
+        for size in (8, 16, 32)
     )
-    channels = weight.shape[1]
+    channels, pairs = weight.shape[1], _pairs(weight.dtype)
     if pairs == 1 and -(-channels // 16) * most_16 <= -(-channels // 32) * most_32:
-        return _Cut(16, most_16, pairs)
-    return _Cut(32, -(-most_32 // pairs), pairs)
+        return Layout(most_16, 16, 2 if most_16 == 2 * most_8 else 1)
+    return Layout(-(-most_32 // pairs), 32, 1)
+
+
+def _pairs(dtype: torch.dtype) -> int:
+    """Non-zeros in a slot."""
+    return 1 if dtype == torch.float32 else 2
 
 
 def _counts(shape: tuple[int, ...], groups: int, channel_group: int) -> tuple[int, int, int]:

@@ -290,12 +290,11 @@ def sparse_conv(draw: Draw) -> Case:
     shape = (outputs * groups, inputs, w["kernel_h"], w["kernel_w"])
     weight = pruned(draw, draw.normal(*shape), n, m)
     packed = weight_layout.pack(weight, groups)
-    by_16 = draw.dtype == torch.float32 and packed.shape[2] == -(-inputs // 16)
-    channel_group = 16 if by_16 else 32
-    fields = {"slots": packed.shape[4], "channel_group": channel_group, "groups": groups}
-    halves = in_halves(packed) if channel_group == 16 else None
-    if halves is not None and draw.chance():
-        packed, fields["halves"] = halves, 1
+    slots, channel_group, halves = weight_layout.layout(
+        tuple(packed.shape), shape, groups, draw.dtype
+    )
+    fields = {"slots": slots, "channel_group": channel_group, "groups": groups}
+    fields["halves"] = halves - 1 if draw.chance() else 0  # either way it is the same weight
     if draw.chance():
         fields |= {"tile_blocks": draw.one_of(1, 2, 3, 4), "tile_pixels": draw.one_of(1, 3, 7, 14)}
         fields |= {"tile_rows": draw.one_of(1, 2, 5), "split": draw.one_of(1, 2, 3)}
@@ -310,22 +309,6 @@ def sparse_conv(draw: Draw) -> Case:
         groups=groups,
     )
     return case(draw, Kind.SPARSE_CONV, x, sums, weight=packed, bias=padded, **w, **fields)
-
-
-def in_halves(packed: Tensor) -> Tensor | None:
-    """A packed float32 weight with each half of a group in its half of the slots, if they fit."""
-    slots = packed.shape[4]
-    values, channels = packed.unbind(5)
-    parts = [values.ne(0) & (channels < 8), values.ne(0) & (channels >= 8)]
-    if slots % 2 or max(int(part.sum(4).max()) for part in parts) > slots // 2:
-        return None
-    halves = torch.zeros_like(packed)
-    for first, part in zip((0, slots // 2), parts, strict=True):
-        *place, lane = part.nonzero(as_tuple=True)
-        slot = (part.cumsum(4) - 1 + first)[(*place, lane)]
-        for i, source in enumerate((values, channels)):
-            halves[(*place[:4], slot, torch.full_like(slot, i), lane)] = source[(*place, lane)]
-    return halves
 
 
 def dense_conv(draw: Draw) -> Case:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from spre_fx import ModelError, Pattern, masks
 from spre_fx.weight_layout import (
+    layout,
     pack,
     pack_bias,
     pack_dense,
     pack_depthwise,
-    packed_channel_group,
-    packed_slots,
+    padded_outputs,
     unpack,
     unpack_bias,
     weight_dtype,
@@ -33,15 +33,26 @@ def nm_weight(shape: tuple[int, ...], pattern: str | None, dtype: torch.dtype) -
     return torch.where(kept, weight, torch.zeros_like(weight))
 
 
+def layout_of(packed: Tensor, weight: Tensor, groups: int = 1) -> tuple[int, int, int]:
+    return layout(tuple(packed.shape), tuple(weight.shape), groups, weight.dtype)
+
+
 def entries(packed: Tensor) -> dict[tuple[int, ...], list[tuple[int, int]]]:
     """(group, output, channel group, tap): its (channel, value bits), read as engine.h says."""
-    pairs = packed.shape[6] // 16
+    pairs = packed.shape[7] // 16
+    slots = packed.flatten(4, 5)
     found: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for group, block, cut, tap, slot, _, lane in (packed.narrow(5, 0, 1) != 0).nonzero().tolist():
-        value, channel = packed[group, block, cut, tap, slot, :, lane].tolist()
+    for group, block, cut, tap, slot, _, lane in (slots.narrow(5, 0, 1) != 0).nonzero().tolist():
+        value, channel = slots[group, block, cut, tap, slot, :, lane].tolist()
         key = (group, block * 16 + lane // pairs, cut, tap)
         found.setdefault(key, []).append((channel, value))
     return found
+
+
+def halves_are_apart(packed: Tensor) -> bool:
+    values, channels = packed.unbind(6)
+    low, high = ((channels < 8) | (values == 0), (channels >= 8) | (values == 0))
+    return bool(low[:, :, :, :, 0].all() and high[:, :, :, :, 1].all())
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -54,7 +65,7 @@ def test_round_trip_is_exact(shape, groups, pattern, dtype):
     weight = nm_weight(shape, pattern, dtype)
     packed = pack(weight, groups)
     back = unpack(packed, shape, groups)
-    assert back.dtype == weight_dtype(packed) == dtype
+    assert back.dtype == weight_dtype(packed.dtype) == dtype
     assert back.is_contiguous()
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(back.view(bits), weight.view(bits))
@@ -74,11 +85,12 @@ def test_the_layout_is_that_of_engine_h(sizes, groups, density, dtype, seed):
     weight = torch.randn(shape).to(dtype).where(torch.rand(shape) < density, 0.0)
     packed = pack(weight, groups)
     assert torch.equal(unpack(packed, shape, groups), weight)
-    size = packed_channel_group(packed, channels)
+    slots, size, halves = layout_of(packed, weight, groups)
     taps, lanes = kernel[0] * kernel[1], 16 if dtype == torch.float32 else 32
-    expected = (groups, ceil(outputs / 16), ceil(channels / size), taps, packed_slots(packed))
+    expected = (groups, ceil(outputs / 16), ceil(channels / size), taps, halves, slots // halves)
     assert packed.shape == (*expected, 2, lanes)
     assert packed.is_contiguous()
+    assert halves == 1 or halves_are_apart(packed)
     bits = weight.view(packed.dtype).flatten(2)
     by_hand: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for output, tap in torch.cartesian_prod(torch.arange(outputs * groups), torch.arange(taps)):
@@ -88,28 +100,26 @@ def test_the_layout_is_that_of_engine_h(sizes, groups, density, dtype, seed):
             value = int(bits[output, channel, tap])
             by_hand.setdefault(key, []).append((channel % size, value))
     assert entries(packed) == by_hand
-    assert packed_slots(packed) == max(
-        1, *(ceil(len(entry) * 16 / lanes) for entry in by_hand.values()), 0
-    )
+    assert slots == max(1, *(ceil(len(entry) * 16 / lanes) for entry in by_hand.values()), 0)
 
 
 @pytest.mark.parametrize(
-    ("pattern", "dtype", "channel_group", "slots"),
+    ("pattern", "dtype", "channel_group", "slots", "halves"),
     [
-        ("1:2", torch.float32, 16, 8),
-        ("2:4", torch.float32, 16, 8),
-        ("1:8", torch.float32, 16, 2),
-        ("1:16", torch.float32, 16, 1),
-        ("1:32", torch.float32, 32, 1),
-        (None, torch.float32, 16, 16),
-        ("1:2", torch.bfloat16, 32, 8),
-        ("1:16", torch.bfloat16, 32, 1),
-        ("1:32", torch.bfloat16, 32, 1),
+        ("1:2", torch.float32, 16, 8, 2),
+        ("2:4", torch.float32, 16, 8, 2),
+        ("1:8", torch.float32, 16, 2, 2),
+        ("1:16", torch.float32, 16, 1, 1),
+        ("1:32", torch.float32, 32, 1, 1),
+        (None, torch.float32, 16, 16, 2),
+        ("1:2", torch.bfloat16, 32, 8, 1),
+        ("1:16", torch.bfloat16, 32, 1, 1),
+        ("1:32", torch.bfloat16, 32, 1, 1),
     ],
 )
-def test_as_few_slots_as_the_pattern_needs(pattern, dtype, channel_group, slots):
-    packed = pack(nm_weight((32, 128, 1, 1), pattern, dtype))
-    assert (packed_channel_group(packed, 128), packed_slots(packed)) == (channel_group, slots)
+def test_as_few_slots_as_the_pattern_needs(pattern, dtype, channel_group, slots, halves):
+    weight = nm_weight((32, 128, 1, 1), pattern, dtype)
+    assert layout_of(pack(weight), weight) == (slots, channel_group, halves)
 
 
 def test_free_slots_hold_value_0_and_channel_0():
@@ -118,7 +128,7 @@ def test_free_slots_hold_value_0_and_channel_0():
     weight[1, 5] = 2.0
     packed = pack(weight)
     one, two = (int(torch.tensor(value).view(torch.int32)) for value in (1.0, 2.0))
-    assert packed[0, 0, 0, 0, :, :, :3].tolist() == [
+    assert packed[0, 0, 0, 0, ..., :3].flatten(0, 1).tolist() == [
         [[one, two, 0], [3, 5, 0]],
         [[one, 0, 0], [9, 0, 0]],
     ]
@@ -128,14 +138,15 @@ def test_zeros_of_either_sign_take_no_slot():
     weight = torch.full((4, 32, 1, 1), -0.0)
     weight[:, 7] = torch.nan
     packed = pack(weight)
-    assert packed_slots(packed) == 1
+    assert layout_of(packed, weight) == (1, 32, 1)
     back = unpack(packed, (4, 32, 1, 1))
     assert back[:, 7].isnan().all()
     assert back.view(torch.int32).count_nonzero() == 4
 
 
 def test_a_weight_without_non_zeros_keeps_one_free_slot():
-    assert packed_slots(pack(torch.zeros(4, 32, 3, 3))) == 1
+    weight = torch.zeros(4, 32, 3, 3)
+    assert layout_of(pack(weight), weight) == (1, 32, 1)
 
 
 def test_strides_do_not_matter():
@@ -179,6 +190,7 @@ def test_biases_are_padded_group_by_group():
     bias = torch.randn(36).bfloat16()
     packed = pack_bias(bias, groups=2)
     assert packed.dtype == torch.float32
+    assert packed.shape == (padded_outputs(36, 2),) == (64,)
     assert torch.equal(packed.view(2, 32)[:, :18].flatten(), bias.float())
     assert packed.view(2, 32)[:, 18:].count_nonzero() == 0
     assert torch.equal(unpack_bias(packed, 36, groups=2), bias.float())

@@ -33,7 +33,7 @@ class Engine:
     """A loaded library. It keeps no state, so any number of threads may call it at once.
 
     Attributes:
-        isa: The instruction set that it was compiled for: one of `ISAS`.
+        isa: The instruction set that it was compiled for, one of `ISAS`.
         one_thread: Why everything runs on one thread; "" where it does not.
     """
 
