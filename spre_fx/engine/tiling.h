@@ -35,7 +35,7 @@ inline Step with_tile(const Step& step, int64_t threads) {
   const int64_t element = s.type == kFloat32 ? 4 : 2;
   const int64_t row = std::max<int64_t>(1, s.width * round_up(s.channels, 16) * s.stride_h * element);
   const int64_t fitting = std::max<int64_t>(1, kPackedBytes / row);
-  const int64_t sharers = flat ? threads : ceil_div(threads, s.batch);
+  const int64_t sharers = flat ? threads : ceil_div(threads, std::max<int64_t>(1, s.batch));
   const int64_t tiles = round_up(std::max<int64_t>(1, ceil_div(rows, fitting)), sharers);
   s.tile_rows = std::max<int64_t>(1, ceil_div(rows, tiles));
   const int64_t busiest = s.tile_rows * ceil_div(ceil_div(rows, s.tile_rows), sharers) * sharers;
