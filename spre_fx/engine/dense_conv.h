@@ -1,6 +1,6 @@
 // Dense convolution for few input channels, the stem of a network: too few for a pattern, and too
-// few to fill a vector. A row of the kernel is kernel_w * channels consecutive numbers of the image;
-// each of them is broadcast and multiplied with the weights of 16 outputs.
+// few to fill a vector. A row of the kernel is kernel_w * channels consecutive numbers of the
+// image; each of them is broadcast and multiplied with the weights of 16 outputs.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,9 @@ struct Float32Numbers {
   using Weights = Floats;
   static constexpr int64_t kNumbers = 1;
   SPRE_INLINE Weights weights(const float* p) { return load(p); }
-  SPRE_INLINE Floats dot(Floats sum, const float* x, Weights w) { return fma(broadcast(*x), w, sum); }
+  SPRE_INLINE Floats dot(Floats sum, const float* x, Weights w) {
+    return fma(broadcast(*x), w, sum);
+  }
   SPRE_INLINE Floats dot_rest(Floats sum, const float*, Weights) { return sum; }
 };
 
@@ -46,26 +48,26 @@ __attribute__((noinline)) void dense_kernel(const DenseTile<typename Numbers::El
   using X = typename Numbers::Element;
   constexpr int64_t kOnce = Numbers::kNumbers;
   Floats sums[Blocks][Pixels];
-  SPRE_UNROLL for (int b = 0; b < Blocks; ++b)
-    SPRE_UNROLL for (int p = 0; p < Pixels; ++p) sums[b][p] = zeros();
+  UNROLLED_FOR (int b = 0; b < Blocks; ++b)
+    UNROLLED_FOR (int p = 0; p < Pixels; ++p) sums[b][p] = zeros();
   const X* weight = tile.weight;
   const int64_t step = tile.pixel_step;
   for (int64_t u = 0; u < tile.rows; ++u) {
     const X* x = tile.x + u * tile.row_stride;
-    SPRE_NO_UNROLL for (int64_t k = kOnce; k <= tile.row_length; k += kOnce) {
+    ROLLED_FOR (int64_t k = kOnce; k <= tile.row_length; k += kOnce) {
       typename Numbers::Weights weights[Blocks];
-      SPRE_UNROLL for (int b = 0; b < Blocks; ++b)
+      UNROLLED_FOR (int b = 0; b < Blocks; ++b)
         weights[b] = Numbers::weights(weight + b * tile.block_stride);
-      SPRE_UNROLL for (int p = 0; p < Pixels; ++p)
-        SPRE_UNROLL for (int b = 0; b < Blocks; ++b)
+      UNROLLED_FOR (int p = 0; p < Pixels; ++p)
+        UNROLLED_FOR (int b = 0; b < Blocks; ++b)
           sums[b][p] = Numbers::dot(sums[b][p], x + p * step, weights[b]);
       x += kOnce;
       weight += kOnce * kLanes;
     }
     if (tile.row_length % kOnce != 0) {
-      SPRE_UNROLL for (int b = 0; b < Blocks; ++b) {
+      UNROLLED_FOR (int b = 0; b < Blocks; ++b) {
         const auto weights = Numbers::weights(weight + b * tile.block_stride);
-        SPRE_UNROLL for (int p = 0; p < Pixels; ++p)
+        UNROLLED_FOR (int p = 0; p < Pixels; ++p)
           sums[b][p] = Numbers::dot_rest(sums[b][p], x + p * step, weights);
       }
       weight += kOnce * kLanes;
@@ -84,7 +86,8 @@ struct DenseConv {
   explicit DenseConv(const Step& step)
       : s(step),
         blocks(ceil_div(step.out_channels, kLanes)),
-        block_size(step.kernel_h * round_up(step.kernel_w * step.channels, Numbers::kNumbers) * kLanes),
+        block_size(step.kernel_h * round_up(step.kernel_w * step.channels, Numbers::kNumbers) *
+                   kLanes),
         columns((step.out_width - 1) * step.stride_w + step.kernel_w),
         rows(step, step.tile_rows),
         row_stride(columns * step.channels) {}
@@ -131,8 +134,8 @@ struct DenseConv {
     }
   }
 
-  void run_row(int64_t count, int64_t block, const X* x, int64_t pixel, X* y,
-               const X* residual, const X* weight, const float* bias) const {
+  void run_row(int64_t count, int64_t block, const X* x, int64_t pixel, X* y, const X* residual,
+               const X* weight, const float* bias) const {
     DenseTile<X> t;
     t.pixel_step = s.stride_w * s.channels;
     t.row_stride = row_stride;
@@ -144,8 +147,8 @@ struct DenseConv {
     t.residual_stride = s.residual_stride;
     t.bias = bias == nullptr ? nullptr : bias + block * kLanes;
     t.activation = s.activation;
-    t.lanes = static_cast<int>(
-        std::min<int64_t>(kLanes, s.out_channels - (block + count - 1) * kLanes));
+    t.lanes =
+        static_cast<int>(std::min<int64_t>(kLanes, s.out_channels - (block + count - 1) * kLanes));
     const int64_t parts = ceil_div(s.out_width, kMostPixels);
     for (int64_t i = 0; i < parts; ++i) {
       const int64_t begin = s.out_width * i / parts, width = s.out_width * (i + 1) / parts - begin;
@@ -164,8 +167,10 @@ struct DenseConv {
   }
 
   template <int Blocks, int... PixelsLessOne>
-  static DenseKernel<Numbers> pick_pixels(int64_t pixels, std::integer_sequence<int, PixelsLessOne...>) {
-    static constexpr DenseKernel<Numbers> kTable[] = {dense_kernel<Numbers, Blocks, PixelsLessOne + 1>...};
+  static DenseKernel<Numbers> pick_pixels(int64_t pixels,
+                                          std::integer_sequence<int, PixelsLessOne...>) {
+    static constexpr DenseKernel<Numbers> kTable[] = {
+        dense_kernel<Numbers, Blocks, PixelsLessOne + 1>...};
     return kTable[pixels - 1];
   }
 

@@ -54,7 +54,7 @@ struct Step {
   int64_t residual, residual_offset, residual_stride;
   int64_t weight, weight_offset;
   int64_t bias, bias_offset;
-  int64_t batch, height, width, channels;      // of x, all groups together
+  int64_t batch, height, width, channels;       // of x, all groups together
   int64_t out_height, out_width, out_channels;  // of y
   int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   int64_t groups;

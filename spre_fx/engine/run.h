@@ -31,9 +31,8 @@ struct Runner {
     const Step s = with_tile(step, threads);
     switch (s.kind) {
       case kSparseConv:
-        return with_traits(s, [&](auto traits) {
-          return SparseConv<decltype(traits)>(s).scratch_bytes();
-        });
+        return with_traits(
+            s, [&](auto traits) { return SparseConv<decltype(traits)>(s).scratch_bytes(); });
       case kDenseConv:
         return DenseConv<Dense>(s).scratch_bytes();
       default:
@@ -132,8 +131,7 @@ SPRE_EXPORT int64_t spre_supports(const char* isa) {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (std::strcmp(isa, "avx512") == 0) return avx512;
-  if (std::strcmp(isa, "avx512_bf16") == 0)
-    return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (std::strcmp(isa, "avx512_bf16") == 0) return avx512 && __builtin_cpu_supports("avx512bf16");
   if (std::strcmp(isa, "avx2") == 0)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
@@ -165,8 +163,14 @@ SPRE_EXPORT int64_t spre_scratch(const spre::Step* steps, int64_t count, int64_t
 SPRE_EXPORT void spre_run(const spre::Step* steps, int64_t count, void* const* buffers,
                           void* scratch, int64_t threads, const spre::OpenMP* openmp) {
   spre::Barrier barrier;
-  spre::Job job{steps,  count,   buffers, static_cast<char*>(scratch),
-                spre::thread_scratch(steps, count, threads), threads, openmp, &barrier};
+  spre::Job job{steps,
+                count,
+                buffers,
+                static_cast<char*>(scratch),
+                spre::thread_scratch(steps, count, threads),
+                threads,
+                openmp,
+                &barrier};
   if (openmp == nullptr || threads == 1) return spre::work(job, 0, 1);
   const auto run = [](void* data) {
     const spre::Job& shared = *static_cast<spre::Job*>(data);
