@@ -170,7 +170,8 @@ def filters(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The weight of shape `(C_out, C_in, *kernel)` whose `filter_matrix` begins `matrix`."""
     taps, channels = torch.Size(shape[2:]).numel(), _round_up(shape[1], 4)
     rows = matrix[: shape[0], : taps * channels].unflatten(1, (taps, channels))
-    return rows[:, :, : shape[1]].transpose(1, 2).reshape(shape).contiguous()
+    weight: Tensor = rows[:, :, : shape[1]].transpose(1, 2).reshape(shape).contiguous()
+    return weight
 
 
 def _reorder(words: Tensor) -> Tensor:
