@@ -186,7 +186,9 @@ def test_types_and_weights_that_no_tensor_core_takes_are_refused():
 
 def test_inputs_of_another_type_are_refused():
     layer = SemiStructuredLinear.from_dense(sparsify(nn.Linear(32, 32)))
-    with pytest.raises(ModelError, match="inputs of torch.float16, the type the layer was lowered"):
+    with pytest.raises(
+        ModelError, match=r"inputs of torch.float16, the type the layer was lowered"
+    ):
         layer(torch.randn(4, 32))
 
 

@@ -23,14 +23,14 @@ def two_four(rows=32, columns=64, dtype=torch.float16):
     return matrix, compress(matrix)
 
 
-def multiply(x, found, compressed=None, bias=None, out_features=32, algorithm=DEFAULT_ALGORITHM):
+def multiply(x, found, compressed=None, bias=None, *, rows=32, algorithm=DEFAULT_ALGORITHM):
     return semi_structured_linear(
         x,
         found.values,
         found.metadata,
         compressed,
         bias,
-        out_features=out_features,
+        out_features=rows,
         algorithm=algorithm,
     )
 
@@ -41,7 +41,7 @@ def test_it_multiplies_with_the_first_rows_and_columns(rows, columns, out_featur
     matrix, found = two_four()
     x = torch.randn(rows, columns, dtype=torch.float16)
     b = torch.randn(32, dtype=torch.float16) if bias else None
-    y = multiply(x, found, None, b, out_features)
+    y = multiply(x, found, None, b, rows=out_features)
     expected = x.double() @ matrix[:out_features, :columns].double().t()
     if b is not None:
         expected += b[:out_features].double()
@@ -133,6 +133,6 @@ def test_cuda_agrees_with_float64(library, dtype, rows):
     if compressed is not None:
         algorithms.append(search_algorithm(pad_dense(x, 192), compressed, bias))
     for algorithm in algorithms:
-        y = multiply(x, found, compressed, bias, 128, algorithm)
+        y = multiply(x, found, compressed, bias, rows=128, algorithm=algorithm)
         error = (y.double() - expected).abs().max() / expected.abs().max()
         assert error < 4 * torch.finfo(dtype).eps
