@@ -7,7 +7,12 @@ from spre_fx.passes.lower import Lower
 from spre_fx.passes.matcher import Site, match_site
 from spre_fx.passes.modularise_calls import ModulariseCalls
 from spre_fx.passes.permute_channels import PermuteChannels
-from spre_fx.passes.pipeline import Pipeline, deployment_pipeline, training_pipeline
+from spre_fx.passes.pipeline import (
+    Pipeline,
+    deployment_pipeline,
+    lowering_pipeline,
+    training_pipeline,
+)
 from spre_fx.passes.policy import Policy
 from spre_fx.passes.specialise_to_eval import SpecialiseToEval
 from spre_fx.passes.tracer import Tracer
@@ -34,6 +39,7 @@ __all__ = [
     "WireMasks",
     "WireUnstructured",
     "deployment_pipeline",
+    "lowering_pipeline",
     "match_site",
     "trace",
     "training_pipeline",

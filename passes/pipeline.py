@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import nn
 from torch.fx import GraphModule
 
 from spre_fx.backends import Backend
+from spre_fx.choice import Shape, Timings
 from spre_fx.criteria import Criterion
 from spre_fx.methods import MaskMethod
 from spre_fx.modules import MaskSchedule
@@ -74,12 +77,13 @@ def training_pipeline(
     return Pipeline((*first, duplicate, wire))
 
 
-def deployment_pipeline(backend: Backend) -> Pipeline:
-    """Training graph -> deployed graph."""
-    return Pipeline(
-        (
-            SpecialiseToEval(),
-            FoldBranches(),
-            Lower(backend),
-        )
-    )
+def deployment_pipeline() -> Pipeline:
+    """Training graph -> deployed graph of ordinary torch layers."""
+    return Pipeline((SpecialiseToEval(), FoldBranches()))
+
+
+def lowering_pipeline(
+    backend: Backend, shapes: Mapping[nn.Module, Sequence[Shape]], timings: Timings
+) -> Pipeline:
+    """Deployed graph -> the graph that a machine runs."""
+    return Pipeline((Lower(backend, shapes, timings),))

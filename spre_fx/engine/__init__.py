@@ -1,0 +1,23 @@
+"""The CPU inference engine: C++ kernels that run a whole program of layers in one call.
+
+`engine.h` says what a program is. The kernels are compiled once for each instruction set when
+spre_fx is installed; `load` takes the best of them that this CPU can run, and `why_not` says why
+there is none.
+"""
+
+from __future__ import annotations
+
+from spre_fx.engine.library import Engine, load, why_not
+from spre_fx.engine.program import Activation, Kind, Program, Step, Type, program
+
+__all__ = [
+    "Activation",
+    "Engine",
+    "Kind",
+    "Program",
+    "Step",
+    "Type",
+    "load",
+    "program",
+    "why_not",
+]

@@ -1,0 +1,185 @@
+"""The engine's weight layouts: what they look like, and that weights come back bit for bit."""
+
+from math import ceil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from spre_fx import ModelError, Pattern, masks
+from spre_fx.weight_layout import (
+    pack,
+    pack_bias,
+    pack_dense,
+    pack_depthwise,
+    packed_channel_group,
+    packed_slots,
+    unpack,
+    unpack_bias,
+    weight_dtype,
+)
+
+PATTERNS = ("1:2", "2:4", "1:4", "1:8", "1:16", "8:16", "1:32", "2:32", "3:5", None)
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+def nm_weight(shape: tuple[int, ...], pattern: str | None, dtype: torch.dtype) -> Tensor:
+    weight = torch.randn(shape).to(dtype)
+    if pattern is None:
+        return weight
+    kept = masks.nm_mask(weight, Pattern.parse(pattern))
+    return torch.where(kept, weight, torch.zeros_like(weight))
+
+
+def entries(packed: Tensor) -> dict[tuple[int, ...], list[tuple[int, int]]]:
+    """(group, output, channel group, tap): its (channel, value bits), read as engine.h says."""
+    pairs = packed.shape[6] // 16
+    found: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for group, block, cut, tap, slot, _, lane in (packed.narrow(5, 0, 1) != 0).nonzero().tolist():
+        value, channel = packed[group, block, cut, tap, slot, :, lane].tolist()
+        key = (group, block * 16 + lane // pairs, cut, tap)
+        found.setdefault(key, []).append((channel, value))
+    return found
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((20, 35, 3, 3), 1), ((16, 64, 1, 1), 1), ((6, 5, 1, 3), 2), ((51, 40, 2, 1), 3)],
+)
+def test_round_trip_is_exact(shape, groups, pattern, dtype):
+    weight = nm_weight(shape, pattern, dtype)
+    packed = pack(weight, groups)
+    back = unpack(packed, shape, groups)
+    assert back.dtype == weight_dtype(packed) == dtype
+    assert back.is_contiguous()
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal(back.view(bits), weight.view(bits))
+
+
+@given(
+    sizes=st.tuples(*(st.integers(1, most) for most in (40, 70, 3, 3))),
+    groups=st.integers(1, 3),
+    density=st.floats(0, 1),
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 2**32),
+)
+def test_the_layout_is_that_of_engine_h(sizes, groups, density, dtype, seed):
+    outputs, channels, *kernel = sizes
+    torch.manual_seed(seed)
+    shape = (outputs * groups, channels, *kernel)
+    weight = torch.randn(shape).to(dtype).where(torch.rand(shape) < density, 0.0)
+    packed = pack(weight, groups)
+    assert torch.equal(unpack(packed, shape, groups), weight)
+    size = packed_channel_group(packed, channels)
+    taps, lanes = kernel[0] * kernel[1], 16 if dtype == torch.float32 else 32
+    expected = (groups, ceil(outputs / 16), ceil(channels / size), taps, packed_slots(packed))
+    assert packed.shape == (*expected, 2, lanes)
+    assert packed.is_contiguous()
+    bits = weight.view(packed.dtype).flatten(2)
+    by_hand: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for output, tap in torch.cartesian_prod(torch.arange(outputs * groups), torch.arange(taps)):
+        for channel in bits[output, :, tap].nonzero().flatten().tolist():
+            group, inside = divmod(int(output), outputs)
+            key = (group, inside, channel // size, int(tap))
+            value = int(bits[output, channel, tap])
+            by_hand.setdefault(key, []).append((channel % size, value))
+    assert entries(packed) == by_hand
+    assert packed_slots(packed) == max(
+        1, *(ceil(len(entry) * 16 / lanes) for entry in by_hand.values()), 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "channel_group", "slots"),
+    [
+        ("1:2", torch.float32, 16, 8),
+        ("2:4", torch.float32, 16, 8),
+        ("1:8", torch.float32, 16, 2),
+        ("1:16", torch.float32, 16, 1),
+        ("1:32", torch.float32, 32, 1),
+        (None, torch.float32, 16, 16),
+        ("1:2", torch.bfloat16, 32, 8),
+        ("1:16", torch.bfloat16, 32, 1),
+        ("1:32", torch.bfloat16, 32, 1),
+    ],
+)
+def test_as_few_slots_as_the_pattern_needs(pattern, dtype, channel_group, slots):
+    packed = pack(nm_weight((32, 128, 1, 1), pattern, dtype))
+    assert (packed_channel_group(packed, 128), packed_slots(packed)) == (channel_group, slots)
+
+
+def test_free_slots_hold_value_0_and_channel_0():
+    weight = torch.zeros(2, 16, 1, 1)
+    weight[0, [3, 9]] = 1.0
+    weight[1, 5] = 2.0
+    packed = pack(weight)
+    one, two = (int(torch.tensor(value).view(torch.int32)) for value in (1.0, 2.0))
+    assert packed[0, 0, 0, 0, :, :, :3].tolist() == [
+        [[one, two, 0], [3, 5, 0]],
+        [[one, 0, 0], [9, 0, 0]],
+    ]
+
+
+def test_zeros_of_either_sign_take_no_slot():
+    weight = torch.full((4, 32, 1, 1), -0.0)
+    weight[:, 7] = torch.nan
+    packed = pack(weight)
+    assert packed_slots(packed) == 1
+    back = unpack(packed, (4, 32, 1, 1))
+    assert back[:, 7].isnan().all()
+    assert back.view(torch.int32).count_nonzero() == 4
+
+
+def test_a_weight_without_non_zeros_keeps_one_free_slot():
+    assert packed_slots(pack(torch.zeros(4, 32, 3, 3))) == 1
+
+
+def test_strides_do_not_matter():
+    weight = nm_weight((16, 32, 3, 3), "2:4", torch.float32)
+    assert torch.equal(pack(weight.to(memory_format=torch.channels_last)), pack(weight))
+
+
+def test_other_types_are_refused():
+    with pytest.raises(ModelError, match=r"expected .* float32 or bfloat16, found torch\.float16"):
+        pack(torch.zeros(4, 16, 1, 1, dtype=torch.float16))
+
+
+def test_a_packed_tensor_of_another_weight_is_refused():
+    packed = pack(torch.ones(16, 32, 3, 3))
+    with pytest.raises(
+        ModelError, match=r"expected a packed weight of shape \(1, 2, .*found \(1, 1"
+    ):
+        unpack(packed, (32, 32, 3, 3))
+
+
+def test_dense_weights():
+    weight = torch.randn(20, 3, 5, 4)
+    packed = pack_dense(weight)
+    assert packed.shape == (2, 5, 4, 3, 16)
+    for output, channel, u, v in [(0, 0, 0, 0), (17, 2, 4, 3), (19, 1, 2, 0), (15, 2, 0, 1)]:
+        assert packed[output // 16, u, v, channel, output % 16] == weight[output, channel, u, v]
+    assert packed[1, ..., 4:].count_nonzero() == 0
+
+
+def test_depthwise_weights():
+    weight = torch.randn(20, 1, 3, 2).bfloat16()
+    packed = pack_depthwise(weight)
+    assert packed.dtype == torch.bfloat16
+    assert packed.is_contiguous()
+    assert torch.equal(packed[:, :20].t().reshape(weight.shape), weight)
+    assert packed.shape == (6, 32)
+    assert packed[:, 20:].count_nonzero() == 0
+
+
+def test_biases_are_padded_group_by_group():
+    bias = torch.randn(36).bfloat16()
+    packed = pack_bias(bias, groups=2)
+    assert packed.dtype == torch.float32
+    assert torch.equal(packed.view(2, 32)[:, :18].flatten(), bias.float())
+    assert packed.view(2, 32)[:, 18:].count_nonzero() == 0
+    assert torch.equal(unpack_bias(packed, 36, groups=2), bias.float())
+    assert pack_bias(None) is None
