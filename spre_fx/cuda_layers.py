@@ -12,19 +12,24 @@ measure and choose it.
 
 What is saved, pickled and copied is the portable `TwoFour` of `semi_structured`. cuSPARSELt's own
 form is kept beside it, 9/16 of the dense weight again, and made anew on each device.
+
+Layers can hold what follows them: `y = activation(layer(x) + bias + residual)`. The libraries add
+the bias; the rest are torch's operations, in place, or one kernel under `torch.compile`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spre_fx.errors import ModelError
+from spre_fx.errors import ModelError, OptionError
 from spre_fx.semi_structured import (
+    SHAPE_RULES,
     TwoFour,
     compress,
     decompress,
@@ -48,6 +53,14 @@ if TYPE_CHECKING:
 Pair = tuple[int, int]
 Dense = TypeVar("Dense", nn.Linear, nn.Conv2d)
 
+_ACTIVATIONS: Mapping[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda y: y,
+    "relu": partial(F.relu, inplace=True),
+    "relu6": partial(F.relu6, inplace=True),
+    "silu": partial(F.silu, inplace=True),
+    "hardswish": partial(F.hardswish, inplace=True),
+}
+
 
 class SemiStructuredLayer(nn.Module):
     """A 2:4 matrix, kept compressed, and how to multiply with it. Base of the two layers.
@@ -59,9 +72,11 @@ class SemiStructuredLayer(nn.Module):
         compressed: The matrix as cuSPARSELt wants it; None on the CPU and for CUTLASS. Not saved.
         library: "cusparselt" or "cutlass".
         algorithm: Of cuSPARSELt.
+        activation: What is applied to the output: "relu", "relu6", "silu", "hardswish" or None.
 
     Raises:
         ModelError: If the library has no rule for the type, or the matrix is not 2:4.
+        OptionError: If there is no such library.
     """
 
     values: Tensor
@@ -71,6 +86,8 @@ class SemiStructuredLayer(nn.Module):
 
     def __init__(self, matrix: Tensor, bias: Tensor | None, library: str) -> None:
         super().__init__()
+        if library not in SHAPE_RULES:
+            raise OptionError(f"library={library!r}: expected one of {', '.join(SHAPE_RULES)}.")
         shape = padded_shape(library, matrix.dtype, (matrix.shape[0], matrix.shape[1]))
         if isinstance(shape, str):
             raise ModelError(f"{shape}.")
@@ -80,6 +97,7 @@ class SemiStructuredLayer(nn.Module):
                 "channels, found more: train it with a pattern that is 2:4, such as 2:4 or 1:16."
             )
         self.library = library
+        self.activation: str | None = None
         self.algorithm = DEFAULT_ALGORITHM
         self._tuned_on = ""
         missing = (shape[0] - matrix.shape[0], shape[1] - matrix.shape[1])
@@ -115,6 +133,10 @@ class SemiStructuredLayer(nn.Module):
         )
         return result
 
+    def finish(self, y: Tensor, residual: Tensor | None) -> Tensor:
+        """`activation(y + residual)`. May write over y."""
+        return _ACTIVATIONS[self.activation](y if residual is None else y + residual)
+
     def matrix(self) -> Tensor:
         """The padded matrix, decompressed."""
         return decompress(TwoFour(self.values, self.metadata))
@@ -129,6 +151,11 @@ class SemiStructuredLayer(nn.Module):
             dense = pad_dense(x, 2 * self.values.shape[1])
             self.algorithm = search_algorithm(dense, self.compressed, self.bias)
             self._tuned_on = _machine(x.device)
+
+    def _more(self) -> str:
+        dtype = str(self.values.dtype).removeprefix("torch.")
+        activation = f", activation={self.activation!r}" if self.activation else ""
+        return f", library={self.library!r}, dtype={dtype}{activation}"
 
     def _compress(self) -> None:
         """Make cuSPARSELt's form of the weight where it can be used, and drop it elsewhere."""
@@ -181,10 +208,10 @@ class SemiStructuredLinear(SemiStructuredLayer):
         """The layer that computes what `linear` does."""
         return cls(linear.weight, linear.bias, library).train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x W^T + b`."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`activation(x W^T + b + residual)`."""
         y = self.multiply(x.reshape(-1, self.in_features), self.out_features)
-        return y.view(*x.shape[:-1], self.out_features)
+        return self.finish(y.view(*x.shape[:-1], self.out_features), residual)
 
     def tune(self, x: Tensor) -> None:
         """Choose the library's algorithm for inputs like x: `(*, in_features)` on the device."""
@@ -195,13 +222,13 @@ class SemiStructuredLinear(SemiStructuredLayer):
         return filters(self.matrix(), (self.out_features, self.in_features))
 
     def to_dense(self) -> nn.Linear:
-        """The ordinary layer."""
+        """The ordinary layer, without the activation."""
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         return _filled(dense, self.dense_weight(), self.bias).train(self.training)
 
     def extra_repr(self) -> str:
-        """Sizes and library."""
-        return f"{self.in_features}, {self.out_features}, library={self.library}"
+        """What `print` shows between the brackets."""
+        return f"{self.in_features}, {self.out_features}{self._more()}"
 
 
 class SemiStructuredConv2d(SemiStructuredLayer):
@@ -211,7 +238,7 @@ class SemiStructuredConv2d(SemiStructuredLayer):
         weight: `(C_out, C_in, kH, kW)`, float16 or bfloat16.
         bias: `(C_out,)` or None.
         stride: Rows and columns.
-        padding: Zeros at each end of rows and columns: `((top, bottom), (left, right))`.
+        padding: Zeros on either side of rows and columns, "same" or "valid".
         dilation: Rows and columns.
         library: "cusparselt" or "cutlass".
         method: A key of `CONV_METHODS`.
@@ -223,7 +250,7 @@ class SemiStructuredConv2d(SemiStructuredLayer):
         bias: Tensor | None,
         *,
         stride: Pair = (1, 1),
-        padding: tuple[Pair, Pair] = ((0, 0), (0, 0)),
+        padding: Pair | str = (0, 0),
         dilation: Pair = (1, 1),
         library: str = "cusparselt",
         method: str = "patch matrix",
@@ -252,17 +279,31 @@ class SemiStructuredConv2d(SemiStructuredLayer):
             conv.weight,
             conv.bias,
             stride=_pair(conv.stride),
-            padding=_padding(conv),
+            padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
             dilation=_pair(conv.dilation),
             library=library,
             method=method,
         )
         return layer.train(conv.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(N, C_in, H, W)`, best in channels_last, or one sample to `(N, C_out, H', W')`."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`activation(conv(x) + bias + residual)`, in channels_last.
+
+        Args:
+            x: `(N, C_in, H, W)`, or one sample of it. Best in channels_last.
+            residual: What can be added to the `(N, C_out, H', W')` that come out.
+        """
         y = CONV_METHODS[self.method].run(self, _batched(x))
-        return y if x.ndim == 4 else y.squeeze(0)
+        return self.finish(y if x.ndim == 4 else y.squeeze(0), residual)
+
+    def zeros_around(self) -> tuple[Pair, Pair]:
+        """The padding at both ends of rows and of columns; "same" puts an odd one at the far end."""
+        if self.padding == "same":
+            spans = zip(self.dilation, self.kernel_size, strict=True)
+            rows, columns = (dilation * (size - 1) for dilation, size in spans)
+            return (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2)
+        rows, columns = (0, 0) if isinstance(self.padding, str) else self.padding
+        return (rows, rows), (columns, columns)
 
     def tune(self, x: Tensor) -> None:
         """Choose the library's algorithm for inputs like x: `(N, C_in, H, W)` on the device."""
@@ -273,29 +314,26 @@ class SemiStructuredConv2d(SemiStructuredLayer):
         shape = (self.out_channels, self.in_channels, *self.kernel_size)
         return filters(self.matrix(), shape)
 
-    def to_dense(self) -> nn.Module:
-        """The ordinary layer, behind an `nn.ZeroPad2d` where its two ends are padded unequally."""
-        (top, bottom), (left, right) = self.padding
-        even = top == bottom and left == right
+    def to_dense(self) -> nn.Conv2d:
+        """The ordinary layer, without the activation."""
         conv = nn.Conv2d(
             self.in_channels,
             self.out_channels,
             self.kernel_size,
             self.stride,
-            (top, left) if even else 0,
+            self.padding,
             self.dilation,
             bias=self.bias is not None,
             device="meta",
         )
-        dense = _filled(conv, self.dense_weight(), self.bias).train(self.training)
-        return dense if even else nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), dense)
+        return _filled(conv, self.dense_weight(), self.bias).train(self.training)
 
     def extra_repr(self) -> str:
-        """Sizes, library and method."""
+        """What `print` shows between the brackets."""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
-            f"library={self.library}, method={self.method}"
+            f"stride={self.stride}, padding={self.padding!r}, dilation={self.dilation}, "
+            f"method={self.method!r}{self._more()}"
         )
 
 
@@ -345,7 +383,7 @@ def why_no_gemm(conv: nn.Module) -> str | None:
 
 def _windows(layer: SemiStructuredConv2d, x: Tensor) -> Tensor:
     """Patches as a view of the padded input: `(N, H', W', kH, kW, padded C_in)`."""
-    (top, bottom), (left, right) = layer.padding
+    (top, bottom), (left, right) = layer.zeros_around()
     padding = (0, -layer.in_channels % 4, left, right, top, bottom)
     x = x.permute(0, 2, 3, 1)
     if any(padding):
@@ -359,18 +397,6 @@ def _windows(layer: SemiStructuredConv2d, x: Tensor) -> Tensor:
 
 def _batched(x: Tensor) -> Tensor:
     return x if x.ndim == 4 else x.unsqueeze(0)
-
-
-def _padding(conv: nn.Conv2d) -> tuple[Pair, Pair]:
-    """Zeros at both ends of rows and columns; "same" puts an odd one at the far end."""
-    if conv.padding == "same":
-        rows, columns = (
-            dilation * (size - 1)
-            for dilation, size in zip(conv.dilation, conv.kernel_size, strict=True)
-        )
-        return (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2)
-    rows, columns = (0, 0) if isinstance(conv.padding, str) else conv.padding
-    return (rows, rows), (columns, columns)
 
 
 def _pair(sizes: tuple[int, ...]) -> Pair:

@@ -14,7 +14,7 @@ On the CPU the operator multiplies with the decompressed matrix, as a reference.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ Algorithm = tuple[int, int, int]
 """Of cuSPARSELt: its number, in how many parts it splits the columns, and how these are added."""
 
 DEFAULT_ALGORITHM: Algorithm = (0, 1, -1)
+
+_SEARCHED: dict[Hashable, Algorithm] = {}
 
 _NEEDS = {
     "cusparselt": ("_cslt_compress", "_cslt_sparse_mm"),
@@ -65,16 +67,21 @@ def compress_for_cusparselt(two_four: TwoFour) -> Tensor:
 
 
 def search_algorithm(x: Tensor, compressed: Tensor, bias: Tensor | None) -> Algorithm:
-    """The algorithm cuSPARSELt finds fastest for these sizes. Waits for the device.
+    """The algorithm cuSPARSELt finds fastest for these sizes, searched for once in a process.
+
+    A search waits for the device, and takes many times as long as the product.
 
     Args:
         x: `(rows, columns)`.
         compressed: Of `compress_for_cusparselt`.
         bias: As long as the matrix has rows, or None.
     """
-    search = torch._C._cusparselt.mm_search  # type: ignore[attr-defined] # not in the stubs
-    number, parts, mode, _ = search(compressed, x.t(), bias, None, None, True)
-    return number, parts, mode
+    key = (x.device, x.dtype, x.shape, compressed.shape, bias is not None)
+    if key not in _SEARCHED:
+        search = torch._C._cusparselt.mm_search  # type: ignore[attr-defined] # not in the stubs
+        number, parts, mode, _ = search(compressed, x.t(), bias, None, None, True)
+        _SEARCHED[key] = (number, parts, mode)
+    return _SEARCHED[key]
 
 
 def pad_dense(x: Tensor, columns: int) -> Tensor:

@@ -15,7 +15,7 @@ from spre_fx.cuda_layers import (
     SemiStructuredLinear,
     why_no_gemm,
 )
-from spre_fx.errors import ModelError
+from spre_fx.errors import ModelError, OptionError
 from spre_fx.masks import nm_mask
 from spre_fx.patterns import Pattern
 from spre_fx.semi_structured_ops import semi_structured_linear, why_not
@@ -110,9 +110,10 @@ def test_a_1x1_conv_multiplies_the_input_where_it_lies(monkeypatch):
     assert places == [(x.data_ptr(), True)]
 
 
+@pytest.mark.parametrize("padding", [(1, 2), "same", "valid"])
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_the_dense_layer_comes_back(library):
-    dense = conv(6, 10, 3, stride=2, padding=(1, 2), dilation=(2, 1))
+def test_the_dense_layer_comes_back(library, padding):
+    dense = conv(6, 10, 3, stride=(1, 1), padding=padding, dilation=(2, 1))
     back = SemiStructuredConv2d.from_dense(dense, library).to_dense()
     assert torch.equal(back.weight, dense.weight)
     assert torch.equal(back.bias, dense.bias)
@@ -123,12 +124,23 @@ def test_the_dense_layer_comes_back(library):
     assert back.bias is None
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-def test_unequal_padding_comes_back_as_a_layer_before_the_conv():
-    dense = conv(16, 8, (4, 2), padding="same")
-    back = SemiStructuredConv2d.from_dense(dense).to_dense()
-    x = torch.randn(1, 16, 8, 8, dtype=torch.float16)
-    torch.testing.assert_close(back(x), dense(x))
+@pytest.mark.parametrize("activation", ["relu", "relu6", "silu", "hardswish", None])
+def test_it_adds_and_activates_what_comes_out(activation):
+    function = getattr(nn.functional, activation) if activation else nn.Identity()
+    dense = conv(16, 40, 3)
+    layer = SemiStructuredConv2d.from_dense(dense)
+    x = torch.randn(2, 16, 5, 5, dtype=torch.float16)
+    residual = torch.randn(2, 40, 3, 3, dtype=torch.float16)
+    y = layer(x)
+    layer.activation = activation
+    torch.testing.assert_close(layer(x), function(y))
+    torch.testing.assert_close(layer(x, residual), function(y + residual))
+    linear = SemiStructuredLinear.from_dense(sparsify(nn.Linear(32, 32)))
+    x = torch.randn(4, 32, dtype=torch.float16)
+    y = linear(x)
+    linear.activation = activation
+    torch.testing.assert_close(linear(x, x), function(y + x))
+    assert ("activation" in repr(layer)) == (activation is not None)
 
 
 def test_copies_pickles_and_state_dicts_are_the_layer():
@@ -182,6 +194,11 @@ def test_types_and_weights_that_no_tensor_core_takes_are_refused():
         SemiStructuredLinear.from_dense(sparsify(nn.Linear(32, 32), dtype=torch.float32))
     with pytest.raises(ModelError, match="at most two non-zeros in every four"):
         SemiStructuredLinear.from_dense(nn.Linear(32, 32).half())
+
+
+def test_a_library_there_is_not_is_refused():
+    with pytest.raises(OptionError, match="expected one of cusparselt, cutlass"):
+        SemiStructuredLinear.from_dense(sparsify(nn.Linear(32, 32)), "cublas")
 
 
 def test_inputs_of_another_type_are_refused():
