@@ -3,6 +3,7 @@
 from spre_fx.passes.base import Account, Pass, PassResult, Reason, Skip
 from spre_fx.passes.duplicate_branches import DuplicateBranches
 from spre_fx.passes.fold_branches import FoldBranches
+from spre_fx.passes.fuse_epilogues import FuseEpilogues
 from spre_fx.passes.lower import Lower
 from spre_fx.passes.matcher import Site, match_site
 from spre_fx.passes.modularise_calls import ModulariseCalls
@@ -24,6 +25,7 @@ __all__ = [
     "Account",
     "DuplicateBranches",
     "FoldBranches",
+    "FuseEpilogues",
     "Lower",
     "ModulariseCalls",
     "Pass",

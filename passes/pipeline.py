@@ -17,6 +17,7 @@ from spre_fx.modules import MaskSchedule
 from spre_fx.passes.base import Account, Pass
 from spre_fx.passes.duplicate_branches import DuplicateBranches
 from spre_fx.passes.fold_branches import FoldBranches
+from spre_fx.passes.fuse_epilogues import FuseEpilogues
 from spre_fx.passes.lower import Lower
 from spre_fx.passes.modularise_calls import ModulariseCalls
 from spre_fx.passes.permute_channels import PermuteChannels
@@ -86,4 +87,4 @@ def lowering_pipeline(
     backend: Backend, shapes: Mapping[nn.Module, Sequence[Shape]], timings: Timings
 ) -> Pipeline:
     """Deployed graph -> the graph that a machine runs."""
-    return Pipeline((Lower(backend, shapes, timings),))
+    return Pipeline((Lower(backend, shapes, timings), FuseEpilogues()))

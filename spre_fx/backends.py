@@ -21,6 +21,9 @@ from spre_fx.patterns import Pattern
 class LoweredLayer(Protocol):
     """A module that runs an N:M layer, and can give back the dense layer that it stands for.
 
+    Called with `(x, residual=None)` it computes `activation(layer(x) + residual)`, whatever can be
+    added to the layer's output.
+
     Attributes:
         activation: What it applies to its output: "relu", "relu6", "silu", "hardswish" or None.
     """

@@ -47,20 +47,39 @@ def packable(dtype: torch.dtype) -> bool:
     return dtype in _BITS
 
 
-def weight_dtype(packed: Tensor) -> torch.dtype:
-    """The type of the weight that a packed tensor was made of."""
-    return _FLOATS[packed.dtype]
+def weight_dtype(packed: torch.dtype) -> torch.dtype:
+    """The type of a weight that is packed into integers of a type."""
+    return _FLOATS[packed]
 
 
-def packed_slots(packed: Tensor) -> int:
-    """Slots of each output in each channel group at each tap."""
-    return packed.shape[4]
+def slots_and_channel_group(
+    packed: tuple[int, ...], shape: tuple[int, ...], groups: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Read what is not fixed about a layout from the shape of a packed weight.
 
+    Args:
+        packed: Its shape.
+        shape: `(C_out, C_in/groups, kH, kW)`.
+        groups: Of the convolution.
+        dtype: Of the weight.
 
-def packed_channel_group(packed: Tensor, channels: int) -> int:
-    """Channels of one channel group of a packed weight with C = `channels` inputs a group."""
-    sixteen = weight_dtype(packed) == torch.float32 and packed.shape[2] == -(-channels // 16)
-    return 16 if sixteen else 32
+    Returns:
+        Slots of each output in each channel group at each tap, and channels of a channel group.
+
+    Raises:
+        ModelError: If this is not the shape that such a weight is packed in.
+    """
+    by_16 = dtype == torch.float32 and len(packed) == 7 and packed[2] == -(-shape[1] // 16)
+    channel_group = 16 if by_16 else 32
+    slots = packed[4] if len(packed) == 7 else 0
+    counts = _counts(shape, groups, channel_group)
+    expected = (groups, *counts, slots, 2, BLOCK if dtype == torch.float32 else 2 * BLOCK)
+    if packed != expected or slots < 1:
+        raise ModelError(
+            f"expected a packed weight of shape {expected}, with 1 slot or more, for a weight of "
+            f"shape {shape} in {groups} groups, found {packed}."
+        )
+    return slots, channel_group
 
 
 def pack(weight: Tensor, groups: int = 1) -> Tensor:
@@ -109,16 +128,10 @@ def unpack(packed: Tensor, shape: tuple[int, ...], groups: int = 1) -> Tensor:
     Raises:
         ModelError: If the packed tensor is not one of such a weight.
     """
-    channel_group = packed_channel_group(packed, shape[1])
+    dtype = weight_dtype(packed.dtype)
+    slots, channel_group = slots_and_channel_group(tuple(packed.shape), shape, groups, dtype)
     blocks, cuts, taps = _counts(shape, groups, channel_group)
-    slots, pairs = packed.shape[4], packed.shape[6] // BLOCK
-    lanes = BLOCK if weight_dtype(packed) == torch.float32 else 2 * BLOCK
-    expected = (groups, blocks, cuts, taps, slots, 2, lanes)
-    if tuple(packed.shape) != expected:
-        raise ModelError(
-            f"expected a packed weight of shape {expected} for a weight of shape {shape} in "
-            f"{groups} groups, found {tuple(packed.shape)}."
-        )
+    pairs = packed.shape[6] // BLOCK
     apart = packed.view(groups, blocks, cuts, taps, slots, 2, BLOCK, pairs)
     values, channels = apart.permute(5, 0, 1, 2, 3, 6, 4, 7).flatten(1, 5).flatten(2)
     # Added, since a free slot holds zero bits and channel 0, where a value may stand already.
@@ -126,7 +139,12 @@ def unpack(packed: Tensor, shape: tuple[int, ...], groups: int = 1) -> Tensor:
     ordered = rows.view(groups, blocks, cuts, taps, BLOCK, channel_group)
     outputs = ordered.permute(0, 1, 4, 2, 5, 3).reshape(groups, blocks * BLOCK, -1, taps)
     weight: Tensor = outputs[:, : shape[0] // groups, : shape[1]].reshape(shape)
-    return weight.contiguous().view(weight_dtype(packed))
+    return weight.contiguous().view(dtype)
+
+
+def padded_outputs(out_channels: int, groups: int = 1) -> int:
+    """Numbers in a packed bias: those of each group, and zeros up to a multiple of 16."""
+    return groups * -(-out_channels // (groups * BLOCK)) * BLOCK
 
 
 def pack_bias(bias: Tensor | None, groups: int = 1) -> Tensor | None:

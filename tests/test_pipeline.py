@@ -13,6 +13,7 @@ from spre_fx.modules import NMLayer
 from spre_fx.passes import (
     DuplicateBranches,
     FoldBranches,
+    FuseEpilogues,
     Lower,
     ModulariseCalls,
     Pipeline,
@@ -47,8 +48,9 @@ def test_the_deployment_pipeline_specialises_and_folds() -> None:
     assert DEPLOYMENT.passes == (SpecialiseToEval(), FoldBranches())
 
 
-def test_the_lowering_pipeline_lowers() -> None:
-    assert lowering_pipeline(DenseBackend(), {}, Timings("")).passes == (Lower(DenseBackend()),)
+def test_the_lowering_pipeline_lowers_and_fuses() -> None:
+    pipeline = lowering_pipeline(DenseBackend(), {}, Timings(""))
+    assert pipeline.passes == (Lower(DenseBackend()), FuseEpilogues())
 
 
 def test_a_pipeline_computes_what_its_passes_do_one_by_one() -> None:

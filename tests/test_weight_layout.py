@@ -14,8 +14,8 @@ from spre_fx.weight_layout import (
     pack_bias,
     pack_dense,
     pack_depthwise,
-    packed_channel_group,
-    packed_slots,
+    padded_outputs,
+    slots_and_channel_group,
     unpack,
     unpack_bias,
     weight_dtype,
@@ -31,6 +31,10 @@ def nm_weight(shape: tuple[int, ...], pattern: str | None, dtype: torch.dtype) -
         return weight
     kept = masks.nm_mask(weight, Pattern.parse(pattern))
     return torch.where(kept, weight, torch.zeros_like(weight))
+
+
+def layout(packed: Tensor, weight: Tensor, groups: int = 1) -> tuple[int, int]:
+    return slots_and_channel_group(tuple(packed.shape), tuple(weight.shape), groups, weight.dtype)
 
 
 def entries(packed: Tensor) -> dict[tuple[int, ...], list[tuple[int, int]]]:
@@ -54,7 +58,7 @@ def test_round_trip_is_exact(shape, groups, pattern, dtype):
     weight = nm_weight(shape, pattern, dtype)
     packed = pack(weight, groups)
     back = unpack(packed, shape, groups)
-    assert back.dtype == weight_dtype(packed) == dtype
+    assert back.dtype == weight_dtype(packed.dtype) == dtype
     assert back.is_contiguous()
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(back.view(bits), weight.view(bits))
@@ -74,9 +78,9 @@ def test_the_layout_is_that_of_engine_h(sizes, groups, density, dtype, seed):
     weight = torch.randn(shape).to(dtype).where(torch.rand(shape) < density, 0.0)
     packed = pack(weight, groups)
     assert torch.equal(unpack(packed, shape, groups), weight)
-    size = packed_channel_group(packed, channels)
+    slots, size = layout(packed, weight, groups)
     taps, lanes = kernel[0] * kernel[1], 16 if dtype == torch.float32 else 32
-    expected = (groups, ceil(outputs / 16), ceil(channels / size), taps, packed_slots(packed))
+    expected = (groups, ceil(outputs / 16), ceil(channels / size), taps, slots)
     assert packed.shape == (*expected, 2, lanes)
     assert packed.is_contiguous()
     bits = weight.view(packed.dtype).flatten(2)
@@ -88,9 +92,7 @@ def test_the_layout_is_that_of_engine_h(sizes, groups, density, dtype, seed):
             value = int(bits[output, channel, tap])
             by_hand.setdefault(key, []).append((channel % size, value))
     assert entries(packed) == by_hand
-    assert packed_slots(packed) == max(
-        1, *(ceil(len(entry) * 16 / lanes) for entry in by_hand.values()), 0
-    )
+    assert slots == max(1, *(ceil(len(entry) * 16 / lanes) for entry in by_hand.values()), 0)
 
 
 @pytest.mark.parametrize(
@@ -108,8 +110,8 @@ def test_the_layout_is_that_of_engine_h(sizes, groups, density, dtype, seed):
     ],
 )
 def test_as_few_slots_as_the_pattern_needs(pattern, dtype, channel_group, slots):
-    packed = pack(nm_weight((32, 128, 1, 1), pattern, dtype))
-    assert (packed_channel_group(packed, 128), packed_slots(packed)) == (channel_group, slots)
+    weight = nm_weight((32, 128, 1, 1), pattern, dtype)
+    assert layout(pack(weight), weight) == (slots, channel_group)
 
 
 def test_free_slots_hold_value_0_and_channel_0():
@@ -128,14 +130,15 @@ def test_zeros_of_either_sign_take_no_slot():
     weight = torch.full((4, 32, 1, 1), -0.0)
     weight[:, 7] = torch.nan
     packed = pack(weight)
-    assert packed_slots(packed) == 1
+    assert layout(packed, weight) == (1, 32)
     back = unpack(packed, (4, 32, 1, 1))
     assert back[:, 7].isnan().all()
     assert back.view(torch.int32).count_nonzero() == 4
 
 
 def test_a_weight_without_non_zeros_keeps_one_free_slot():
-    assert packed_slots(pack(torch.zeros(4, 32, 3, 3))) == 1
+    weight = torch.zeros(4, 32, 3, 3)
+    assert layout(pack(weight), weight) == (1, 32)
 
 
 def test_strides_do_not_matter():
@@ -179,6 +182,7 @@ def test_biases_are_padded_group_by_group():
     bias = torch.randn(36).bfloat16()
     packed = pack_bias(bias, groups=2)
     assert packed.dtype == torch.float32
+    assert packed.shape == (padded_outputs(36, 2),) == (64,)
     assert torch.equal(packed.view(2, 32)[:, :18].flatten(), bias.float())
     assert packed.view(2, 32)[:, 18:].count_nonzero() == 0
     assert torch.equal(unpack_bias(packed, 36, groups=2), bias.float())

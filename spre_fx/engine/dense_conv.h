@@ -62,24 +62,20 @@ struct DenseConv {
       : s(step),
         blocks(ceil_div(step.out_channels, kLanes)),
         block_size(step.kernel_h * step.kernel_w * step.channels * kLanes),
-        columns((step.out_width - 1) * step.stride_w + step.kernel_w) {
-    rows = std::max<int64_t>(1, std::min<int64_t>(step.tile_rows, step.out_height));
-    tiles = step.out_height == 0 ? 0 : step.batch * ceil_div(step.out_height, rows);
-    packed_rows = (rows - 1) * step.stride_h + step.kernel_h;
-    row_stride = columns * step.channels;
-  }
+        columns((step.out_width - 1) * step.stride_w + step.kernel_w),
+        rows(step, step.tile_rows),
+        row_stride(columns * step.channels) {}
 
   int64_t scratch_bytes() const {
+    const int64_t packed_rows = (rows.unit() - 1) * s.stride_h + s.kernel_h;
     return packed_rows * row_stride * static_cast<int64_t>(sizeof(float));
   }
 
   void run(const X* x, X* y, const X* residual, const X* weight, const float* bias,
            const Worker& worker) const {
     float* packed = reinterpret_cast<float*>(worker.scratch);
-    const int64_t tiles_an_image = std::max<int64_t>(1, ceil_div(s.out_height, rows));
-    for (int64_t tile = worker.first(tiles); tile < worker.last(tiles); ++tile) {
-      const int64_t image = tile / tiles_an_image, row = tile % tiles_an_image * rows;
-      const int64_t count = std::min(rows, s.out_height - row);
+    for (int64_t tile = worker.first(rows.size()); tile < worker.last(rows.size()); ++tile) {
+      const auto [image, row, count] = rows[tile];
       pack(x + image * s.height * s.width * s.x_stride, row, count, packed);
       for (int64_t block = 0; block < blocks;) {
         const int64_t now = blocks - block >= kMostBlocks ? kMostBlocks : 1;
@@ -151,7 +147,9 @@ struct DenseConv {
   }
 
   const Step& s;
-  int64_t blocks, block_size, columns, rows, tiles, packed_rows, row_stride;
+  int64_t blocks, block_size, columns;
+  RowTiles rows;
+  int64_t row_stride;
 };
 
 }  // namespace spre

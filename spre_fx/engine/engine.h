@@ -37,9 +37,13 @@ enum Type : int64_t { kFloat32 = 0, kBFloat16 = 1 };
 // channels, counted from the first of the channel group, that they multiply. float32: 16 lanes of
 // 4 bytes, lane l belongs to output l; channel_group is 16 or 32. bfloat16: 32 lanes of 2 bytes,
 // lanes 2l and 2l + 1 belong to output l; channel_group is 32. Unused slots hold value 0, channel
-// 0. The non-zeros of an output are in the order of their channels.
+// 0. The non-zeros of an output are in the order of their channels. Where `halves` is 1 (float32,
+// channel_group 16, an even number of slots) those of channels 0 to 7 lie in the first half of the
+// slots and those of channels 8 to 15 in the second, as they can for any pattern with M <= 8:
+// shorter registers then need one permute instead of two.
 // Weights of kDenseConv: float32 or bfloat16 [ceil(O / 16)][kernel_h][kernel_w][C][16].
-// Weights of kDepthwiseConv: [kernel_h * kernel_w][ceil(C / 16) * 16]; of kAffine: the scale, [C].
+// Weights of kDepthwiseConv: [kernel_h * kernel_w][ceil(C / 16) * 16]; of kAffine: the scale, [C],
+// always float32.
 // Bias is always float32, padded with zeros to a multiple of 16 outputs (per group).
 struct Step {
   int64_t kind;
@@ -55,7 +59,11 @@ struct Step {
   int64_t groups;
   int64_t activation;
   int64_t count_inside;
-  int64_t slots, channel_group;
+  int64_t slots, channel_group, halves;
+  // The output rows to compute, counted through the images of the batch; 0 in row_count: all. A
+  // range lies within one image, or is whole images. So steps can take turns over a few rows each
+  // while those are in the cache.
+  int64_t first_row, row_count;
   // How the work is cut. 0 in tile_pixels: the engine's own rule chooses all of these.
   int64_t tile_blocks;  // blocks of 16 outputs held in registers
   int64_t tile_pixels;  // pixels held in registers
@@ -79,10 +87,10 @@ extern "C" {
 // Changes whenever this file does, in any way that its callers see.
 int64_t spre_version();
 
-// "avx512", "avx2" or "portable".
+// "avx512_bf16", "avx512", "avx2" or "portable". Only the first has kernels for bfloat16.
 const char* spre_isa();
 
-// Whether this CPU can run `isa`: one of spre_isa()'s, or "avx512_bf16". Of the portable library.
+// Whether this CPU can run the library of that spre_isa(). Ask the portable library.
 int64_t spre_supports(const char* isa);
 
 // Whether this library has a kernel for a step (its kind, type and tile).

@@ -12,7 +12,8 @@ SPRE_INLINE Floats activate(Floats x, int64_t activation) {
     case kRelu6:
       return min(broadcast(6.f), max(zeros(), x));
     case kSilu: {
-      const Floats bounded = min(broadcast(87.f), max(broadcast(-87.f), x));
+      // e^89 is infinite: what is left of a large negative x is zero, and of -inf NaN, as in torch.
+      const Floats bounded = min(broadcast(87.f), max(broadcast(-89.f), x));
       const Floats e = exponential(mul(bounded, broadcast(-1.f)));
       return div(x, add(broadcast(1.f), e));
     }

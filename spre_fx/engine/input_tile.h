@@ -16,14 +16,20 @@ namespace spre {
 template <class X>
 class InputTile {
  public:
-  InputTile(const Step& step, int64_t lanes)
-      : s_(step), lanes_(lanes), groups_(ceil_div(step.channels / step.groups, lanes)) {}
+  // `sections`: parts of a channel group that the kernel reads one after the other, as if each were
+  // a tap of its own.
+  InputTile(const Step& step, int64_t lanes, int64_t sections)
+      : s_(step),
+        lanes_(lanes),
+        sections_(sections),
+        groups_(ceil_div(step.channels / step.groups, lanes)) {}
 
   // A tile of `count` pixels in a row, of a 1x1 conv.
   void set_flat(int64_t count) {
     row_stride_ = count * lanes_;
     group_stride_ = apart(row_stride_);
-    offsets_.assign(1, 0);
+    offsets_.clear();
+    add_tap(0);
   }
 
   // A tile of `rows` output rows.
@@ -40,7 +46,7 @@ class InputTile {
       row_used_[u * s_.dilation_h % s_.stride_h] = 1;
       for (int64_t v = 0; v < s_.kernel_w; ++v) {
         column_used_[v * s_.dilation_w % s_.stride_w] = 1;
-        offsets_.push_back(u * s_.dilation_h * row_stride_ + place(v * s_.dilation_w));
+        add_tap(u * s_.dilation_h * row_stride_ + place(v * s_.dilation_w));
       }
     }
   }
@@ -106,6 +112,10 @@ class InputTile {
       std::memcpy(to + kCacheLine / sizeof(X), from + kCacheLine / sizeof(X), sizeof(Line));
   }
 
+  void add_tap(int64_t offset) {
+    for (int64_t i = 0; i < sections_; ++i) offsets_.push_back(offset + lanes_ * i / sections_);
+  }
+
   int64_t place(int64_t column) const {
     return (column % s_.stride_w * phase_ + column / s_.stride_w) * lanes_;
   }
@@ -117,7 +127,7 @@ class InputTile {
   }
 
   const Step& s_;
-  int64_t lanes_, groups_;
+  int64_t lanes_, sections_, groups_;
   int64_t rows_ = 0, columns_ = 0, phase_ = 0, row_stride_ = 0, group_stride_ = 0;
   std::vector<int64_t> offsets_;
   std::vector<char> row_used_, column_used_;

@@ -49,7 +49,8 @@ _FIELDS = (
     *("kernel_h", "kernel_w", "stride_h", "stride_w"),
     *("padding_h", "padding_w", "dilation_h", "dilation_w"),
     *("groups", "activation", "count_inside"),
-    *("slots", "channel_group"),
+    *("slots", "channel_group", "halves"),
+    *("first_row", "row_count"),
     *("tile_blocks", "tile_pixels", "tile_rows", "split", "direct"),
 )
 

@@ -6,6 +6,7 @@
 #include "dense_conv.h"
 #include "pointwise.h"
 #include "sparse_conv.h"
+#include "tiling.h"
 #include "window.h"
 
 namespace spre {
@@ -15,27 +16,22 @@ P* at(void* const* buffers, int64_t buffer, int64_t offset) {
   return buffer < 0 ? nullptr : reinterpret_cast<P*>(static_cast<char*>(buffers[buffer]) + offset);
 }
 
-// The engine's own way to cut a step, where the caller chose none.
-inline Step with_tile(const Step& step) {
-  Step s = step;
-  if (s.tile_pixels != 0) return s;
-  s.tile_blocks = 2;
-  s.tile_pixels = kMaxSums / 2 >= 14 && s.channels * s.kernel_h * s.kernel_w >= 512 ? 14 : 7;
-  s.tile_pixels = std::min<int64_t>(s.tile_pixels, kMaxSums / 2);
-  s.tile_rows = std::max<int64_t>(1, std::min<int64_t>(4, 56 / std::max<int64_t>(1, s.out_width)));
-  s.split = 1;
-  s.direct = 0;
-  return s;
-}
-
-template <class X, class Sparse, class Wide>
+template <class X, class Sparse, class Halved, class Wide>
 struct Runner {
-  static int64_t scratch(const Step& step) {
-    const Step s = with_tile(step);
+  // `then(traits)`, those that read the weights of a sparse conv.
+  template <class Then>
+  static auto with_traits(const Step& s, Then then) {
+    if (s.channel_group != Sparse::kGroup) return then(Wide());
+    return s.halves ? then(Halved()) : then(Sparse());
+  }
+
+  static int64_t scratch(const Step& step, int64_t threads) {
+    const Step s = with_tile(step, threads);
     switch (s.kind) {
       case kSparseConv:
-        if (s.channel_group == Sparse::kGroup) return SparseConv<Sparse>(s).scratch_bytes();
-        return SparseConv<Wide>(s).scratch_bytes();
+        return with_traits(s, [&](auto traits) {
+          return SparseConv<decltype(traits)>(s).scratch_bytes();
+        });
       case kDenseConv:
         return DenseConv<X>(s).scratch_bytes();
       default:
@@ -44,7 +40,7 @@ struct Runner {
   }
 
   static void run(const Step& step, void* const* buffers, const Worker& worker) {
-    const Step s = with_tile(step);
+    const Step s = with_tile(step, worker.planned);
     const X* x = at<const X>(buffers, s.x, s.x_offset);
     X* y = at<X>(buffers, s.y, s.y_offset);
     const X* residual = at<const X>(buffers, s.residual, s.residual_offset);
@@ -53,10 +49,9 @@ struct Runner {
     const X* weight = reinterpret_cast<const X*>(bytes);
     switch (s.kind) {
       case kSparseConv:
-        if (s.channel_group == Sparse::kGroup) {
-          return SparseConv<Sparse>(s).run(x, y, residual, bytes, bias, worker);
-        }
-        return SparseConv<Wide>(s).run(x, y, residual, bytes, bias, worker);
+        return with_traits(s, [&](auto traits) {
+          SparseConv<decltype(traits)>(s).run(x, y, residual, bytes, bias, worker);
+        });
       case kDenseConv:
         return DenseConv<X>(s).run(x, y, residual, weight, bias, worker);
       case kDepthwiseConv:
@@ -76,9 +71,9 @@ struct Runner {
   }
 };
 
-using Float32Runner = Runner<float, Float32Traits, WideFloat32Traits>;
+using Float32Runner = Runner<float, Float32Traits, HalvedFloat32Traits, WideFloat32Traits>;
 #ifdef SPRE_HAS_BFLOAT16
-using BFloat16Runner = Runner<BFloat16, BFloat16Traits, BFloat16Traits>;
+using BFloat16Runner = Runner<BFloat16, BFloat16Traits, BFloat16Traits, BFloat16Traits>;
 #endif
 
 inline void run_step(const Step& s, void* const* buffers, const Worker& worker) {
@@ -88,17 +83,17 @@ inline void run_step(const Step& s, void* const* buffers, const Worker& worker) 
   Float32Runner::run(s, buffers, worker);
 }
 
-inline int64_t step_scratch(const Step& s) {
+inline int64_t step_scratch(const Step& s, int64_t threads) {
 #ifdef SPRE_HAS_BFLOAT16
-  if (s.type == kBFloat16) return BFloat16Runner::scratch(s);
+  if (s.type == kBFloat16) return BFloat16Runner::scratch(s, threads);
 #endif
-  return Float32Runner::scratch(s);
+  return Float32Runner::scratch(s, threads);
 }
 
 // What one thread needs for any of the steps: a whole number of cache lines.
-inline int64_t thread_scratch(const Step* steps, int64_t count) {
+inline int64_t thread_scratch(const Step* steps, int64_t count, int64_t threads) {
   int64_t most = 0;
-  for (int64_t i = 0; i < count; ++i) most = std::max(most, step_scratch(steps[i]));
+  for (int64_t i = 0; i < count; ++i) most = std::max(most, step_scratch(steps[i], threads));
   return round_up(most, kCacheLine) + kCacheLine;
 }
 
@@ -108,12 +103,13 @@ struct Job {
   void* const* buffers;
   char* scratch;
   int64_t thread_scratch;
+  int64_t planned;
   const OpenMP* openmp;
   Barrier* barrier;
 };
 
 inline void work(const Job& job, int64_t thread, int64_t threads) {
-  const Worker worker{thread, threads, job.scratch + thread * job.thread_scratch};
+  const Worker worker{thread, threads, job.planned, job.scratch + thread * job.thread_scratch};
   for (int64_t i = 0; i < job.count; ++i) {
     run_step(job.steps[i], job.buffers, worker);
     if (i + 1 < job.count) job.barrier->wait(threads);
@@ -124,17 +120,18 @@ inline void work(const Job& job, int64_t thread, int64_t threads) {
 
 #define SPRE_EXPORT extern "C" __attribute__((visibility("default")))
 
-SPRE_EXPORT int64_t spre_version() { return 1; }
+SPRE_EXPORT int64_t spre_version() { return 3; }
 
 SPRE_EXPORT const char* spre_isa() { return spre::kIsa; }
 
 SPRE_EXPORT int64_t spre_supports(const char* isa) {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_cpu_init();
-  if (std::strcmp(isa, "avx512") == 0)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (std::strcmp(isa, "avx512_bf16") == 0) return __builtin_cpu_supports("avx512bf16") != 0;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (std::strcmp(isa, "avx512") == 0) return avx512;
+  if (std::strcmp(isa, "avx512_bf16") == 0)
+    return avx512 && __builtin_cpu_supports("avx512bf16");
   if (std::strcmp(isa, "avx2") == 0)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
@@ -142,7 +139,7 @@ SPRE_EXPORT int64_t spre_supports(const char* isa) {
 }
 
 SPRE_EXPORT int64_t spre_takes(const spre::Step* step) {
-  const spre::Step s = spre::with_tile(*step);
+  const spre::Step& s = *step;
 #ifdef SPRE_HAS_BFLOAT16
   const bool bfloat16 = s.type == spre::kBFloat16;
 #else
@@ -154,19 +151,20 @@ SPRE_EXPORT int64_t spre_takes(const spre::Step* step) {
   if (s.kind != spre::kSparseConv) return 1;
   const bool one_tap = s.kernel_h * s.kernel_w == 1 && s.padding_h == 0 && s.padding_w == 0;
   if (s.direct && !(one_tap && s.channels / s.groups % s.channel_group == 0)) return 0;
-  if (bfloat16) return s.channel_group == 32;
+  if (bfloat16) return s.channel_group == 32 && !s.halves;
+  if (s.halves) return s.channel_group == 16 && s.slots % 2 == 0;
   return s.channel_group == 16 || s.channel_group == 32;
 }
 
 SPRE_EXPORT int64_t spre_scratch(const spre::Step* steps, int64_t count, int64_t threads) {
-  return threads * spre::thread_scratch(steps, count);
+  return threads * spre::thread_scratch(steps, count, threads);
 }
 
 SPRE_EXPORT void spre_run(const spre::Step* steps, int64_t count, void* const* buffers,
                           void* scratch, int64_t threads, const spre::OpenMP* openmp) {
   spre::Barrier barrier;
   spre::Job job{steps,  count,   buffers, static_cast<char*>(scratch),
-                spre::thread_scratch(steps, count), openmp, &barrier};
+                spre::thread_scratch(steps, count, threads), threads, openmp, &barrier};
   if (openmp == nullptr || threads == 1) return spre::work(job, 0, 1);
   const auto run = [](void* data) {
     const spre::Job& shared = *static_cast<spre::Job*>(data);

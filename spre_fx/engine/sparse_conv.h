@@ -24,6 +24,7 @@ struct SparseTile {
   int64_t slots;
   const char* weight;
   int64_t block_stride;  // bytes from one block of 16 outputs to the next
+  const char* ahead;     // weights to fetch into the cache meanwhile, a line per slot
   X* y;
   int64_t y_stride;
   const X* residual;
@@ -36,7 +37,8 @@ struct SparseTile {
 template <class Traits>
 using SparseKernel = void (*)(const SparseTile<typename Traits::Element>&);
 
-template <class Traits, int Blocks, int Pixels, bool Direct>
+// `Direct`: x is read where it lies. `Ahead`: the next weights are fetched meanwhile.
+template <class Traits, int Blocks, int Pixels, bool Direct, bool Ahead>
 __attribute__((noinline)) void sparse_kernel(const SparseTile<typename Traits::Element>& tile) {
   using X = typename Traits::Element;
   constexpr int64_t kPair = 2 * kCacheLine;  // a vector of weights and one of indices
@@ -48,11 +50,16 @@ __attribute__((noinline)) void sparse_kernel(const SparseTile<typename Traits::E
 
   const int64_t pixel = Direct ? tile.pixel_stride : Traits::kGroup;
   const char* weight = tile.weight;
+  [[maybe_unused]] const char* ahead = tile.ahead;
   const X* group = tile.x;
   for (int64_t g = 0; g < tile.channel_groups; ++g, group += tile.group_stride) {
     SPRE_NO_UNROLL for (int64_t t = 0; t < tile.taps; ++t) {
       const X* x = Direct ? group : group + tile.tap_offsets[t];
       SPRE_NO_UNROLL for (int64_t s = 0; s < tile.slots; ++s, weight += kPair) {
+        if constexpr (Ahead) {
+          __builtin_prefetch(ahead, 0, 2);
+          ahead += kCacheLine;
+        }
         if constexpr (kReadOnce) {
           typename Traits::Weights weights[Blocks];
           typename Traits::Index index[Blocks];
@@ -84,37 +91,40 @@ __attribute__((noinline)) void sparse_kernel(const SparseTile<typename Traits::E
 // The kernels of one element type by blocks and pixels. More sums than these spill.
 template <class Traits>
 struct SparseKernels {
-  static constexpr int kMaxBlocks = 4;
-  static constexpr int kMaxPixels = 14;
   static constexpr bool exists(int64_t blocks, int64_t pixels) {
     return blocks >= 1 && pixels >= 1 && blocks <= kMaxBlocks && pixels <= kMaxPixels &&
            blocks * pixels <= kMaxSums && blocks != 3;
   }
 
-  template <bool Direct>
-  static SparseKernel<Traits> pick(int64_t blocks, int64_t pixels) {
-    switch (blocks) {
-      case 1:
-        return pick_pixels<Direct, 1>(pixels, std::make_integer_sequence<int, kMaxPixels>());
-      case 2:
-        return pick_pixels<Direct, 2>(pixels, std::make_integer_sequence<int, kMaxPixels>());
-      default:
-        return pick_pixels<Direct, 4>(pixels, std::make_integer_sequence<int, kMaxPixels>());
-    }
+  static SparseKernel<Traits> pick(int64_t blocks, int64_t pixels, bool direct, bool ahead) {
+    if (direct) return ahead ? pick_blocks<true, true>(blocks, pixels) : pick_blocks<true, false>(blocks, pixels);
+    return ahead ? pick_blocks<false, true>(blocks, pixels) : pick_blocks<false, false>(blocks, pixels);
   }
 
  private:
-  template <bool Direct, int Blocks, int... PixelsLessOne>
+  template <bool Direct, bool Ahead>
+  static SparseKernel<Traits> pick_blocks(int64_t blocks, int64_t pixels) {
+    switch (blocks) {
+      case 1:
+        return pick_pixels<Direct, Ahead, 1>(pixels, std::make_integer_sequence<int, kMaxPixels>());
+      case 2:
+        return pick_pixels<Direct, Ahead, 2>(pixels, std::make_integer_sequence<int, kMaxPixels>());
+      default:
+        return pick_pixels<Direct, Ahead, 4>(pixels, std::make_integer_sequence<int, kMaxPixels>());
+    }
+  }
+
+  template <bool Direct, bool Ahead, int Blocks, int... PixelsLessOne>
   static SparseKernel<Traits> pick_pixels(int64_t pixels,
                                           std::integer_sequence<int, PixelsLessOne...>) {
-    static constexpr SparseKernel<Traits> kTable[] = {entry<Direct, Blocks, PixelsLessOne + 1>()...};
+    static constexpr SparseKernel<Traits> kTable[] = {entry<Direct, Ahead, Blocks, PixelsLessOne + 1>()...};
     return kTable[pixels - 1];
   }
 
-  template <bool Direct, int Blocks, int Pixels>
+  template <bool Direct, bool Ahead, int Blocks, int Pixels>
   static constexpr SparseKernel<Traits> entry() {
     if constexpr (exists(Blocks, Pixels)) {
-      return sparse_kernel<Traits, Blocks, Pixels, Direct>;
+      return sparse_kernel<Traits, Blocks, Pixels, Direct, Ahead>;
     } else {
       return nullptr;
     }
@@ -128,27 +138,27 @@ struct SparseConv {
 
   explicit SparseConv(const Step& step)
       : s(step),
-        input(step, Traits::kGroup),
+        input(step, Traits::kGroup, Traits::kSections),
         flat(step.kernel_h * step.kernel_w == 1 && step.stride_h == 1 && step.stride_w == 1 &&
              step.padding_h == 0 && step.padding_w == 0),
         group_outputs(step.out_channels / step.groups),
         blocks(ceil_div(group_outputs, kLanes)),
         channel_groups(ceil_div(step.channels / step.groups, Traits::kGroup)),
-        block_bytes(channel_groups * step.kernel_h * step.kernel_w * step.slots * 2 * kCacheLine) {
+        block_bytes(channel_groups * step.kernel_h * step.kernel_w * step.slots * 2 * kCacheLine),
+        rows(step, step.tile_rows) {
     tile_blocks = std::max<int64_t>(1, std::min(step.tile_blocks, blocks));
-    tile_blocks = tile_blocks == 3 ? 2 : tile_blocks;
     tile_pixels = std::max<int64_t>(1, step.tile_pixels);
     split = std::max<int64_t>(1, std::min(step.split, ceil_div(blocks, tile_blocks)));
-    const int64_t rows = std::max<int64_t>(1, step.tile_rows);
     if (flat) {  // a 1x1 conv knows no rows: tiles are stretches of all pixels of the batch
-      pixels = step.batch * step.out_height * step.out_width;
-      unit = std::min(pixels, round_up(rows * step.out_width, tile_pixels));
-      tiles = unit == 0 ? 0 : ceil_div(pixels, unit);
+      first_pixel = rows.first_row() * s.out_width;
+      last_pixel = rows.last_row() * s.out_width;
+      unit = round_up(std::max<int64_t>(1, step.tile_rows) * s.out_width, tile_pixels);
+      unit = std::max<int64_t>(1, std::min(unit, last_pixel - first_pixel));
+      tiles = ceil_div(last_pixel - first_pixel, unit);
       input.set_flat(unit);
     } else {
-      unit = std::min(rows, step.out_height);
-      tiles = unit == 0 ? 0 : step.batch * ceil_div(step.out_height, unit);
-      input.set_rows(unit);
+      tiles = rows.size();
+      input.set_rows(rows.unit());
     }
   }
 
@@ -173,13 +183,11 @@ struct SparseConv {
  private:
   void pack(const X* x, int64_t tile, X* scratch) const {
     if (flat) {
-      const int64_t from = tile * unit;
-      input.pack_pixels(x + from * s.x_stride, std::min(unit, pixels - from), scratch);
+      const int64_t from = first_pixel + tile * unit;
+      input.pack_pixels(x + from * s.x_stride, std::min(unit, last_pixel - from), scratch);
     } else {
-      const int64_t tiles_an_image = ceil_div(s.out_height, unit);
-      const int64_t image = tile / tiles_an_image, row = tile % tiles_an_image * unit;
-      input.pack_rows(x + image * s.height * s.width * s.x_stride, row,
-                      std::min(unit, s.out_height - row), scratch);
+      const auto [image, row, count] = rows[tile];
+      input.pack_rows(x + image * s.height * s.width * s.x_stride, row, count, scratch);
     }
   }
 
@@ -190,11 +198,18 @@ struct SparseConv {
     const int64_t first = block_tiles * part / split, last = block_tiles * (part + 1) / split;
     SparseTile<X> t;
     t.pixel_stride = s.x_stride * s.stride_w;
-    t.group_stride = s.direct ? Traits::kGroup : input.group_stride();
-    t.channel_groups = channel_groups;
-    t.tap_offsets = input.tap_offsets();
-    t.taps = s.kernel_h * s.kernel_w;
-    t.slots = s.slots;
+    t.slots = s.slots / Traits::kSections;
+    if (s.direct) {
+      t.group_stride = Traits::kGroup / Traits::kSections;
+      t.channel_groups = channel_groups * Traits::kSections;
+      t.tap_offsets = nullptr;
+      t.taps = 1;
+    } else {
+      t.group_stride = input.group_stride();
+      t.channel_groups = channel_groups;
+      t.tap_offsets = input.tap_offsets();
+      t.taps = s.kernel_h * s.kernel_w * Traits::kSections;
+    }
     t.block_stride = block_bytes;
     t.y_stride = s.y_stride;
     t.residual_stride = s.residual_stride;
@@ -206,13 +221,15 @@ struct SparseConv {
       const int64_t count = std::min(tile_blocks, blocks - block);
       // What is left of an odd number of blocks goes through the smaller kernels.
       for (int64_t done = 0; done < count;) {
-        const int64_t now = count - done >= 4 ? 4 : count - done >= 2 ? 2 : 1;
+        const int64_t left = std::min<int64_t>(count - done, kMaxBlocks);
+        const int64_t now = left >= 4 ? 4 : left >= 2 ? 2 : 1;
         const int64_t here = block + done;
         const int64_t output = g * group_outputs + here * kLanes;
         t.weight = weight + (g * blocks + here) * block_bytes;
         t.bias = bias == nullptr ? nullptr : bias + (g * blocks + here) * kLanes;
         t.lanes = static_cast<int>(
             std::min<int64_t>(kLanes, group_outputs - (here + now - 1) * kLanes));
+        t.ahead = t.weight + now * block_bytes;
         run_blocks(now, t, tile, base, y + output, residual == nullptr ? nullptr : residual + output);
         done += now;
       }
@@ -222,15 +239,13 @@ struct SparseConv {
   void run_blocks(int64_t count, SparseTile<X>& t, int64_t tile, const X* base, X* y,
                   const X* residual) const {
     if (flat) {
-      const int64_t from = tile * unit, to = std::min(pixels, from + unit);
+      const int64_t from = first_pixel + tile * unit, length = std::min(unit, last_pixel - from);
       const X* x = s.direct ? base + from * s.x_stride : base;
-      run_stretch(count, t, x, s.direct ? s.x_stride : Traits::kGroup, from, to - from, y, residual);
+      run_stretch(count, t, x, s.direct ? s.x_stride : Traits::kGroup, from, length, y, residual);
       return;
     }
-    const int64_t tiles_an_image = ceil_div(s.out_height, unit);
-    const int64_t image = tile / tiles_an_image, row = tile % tiles_an_image * unit;
-    const int64_t rows = std::min(unit, s.out_height - row);
-    for (int64_t r = 0; r < rows; ++r) {
+    const auto [image, row, many] = rows[tile];
+    for (int64_t r = 0; r < many; ++r) {
       const X* x = s.direct
                        ? base + ((image * s.height + (row + r) * s.stride_h) * s.width) * s.x_stride
                        : base + r * s.stride_h * input.row_stride();
@@ -242,16 +257,17 @@ struct SparseConv {
   // Consecutive output pixels, in tiles of nearly equal size.
   void run_stretch(int64_t count, SparseTile<X>& t, const X* x, int64_t x_step, int64_t from,
                    int64_t length, X* y, const X* residual) const {
-    const int64_t most = std::min<int64_t>(tile_pixels, kMaxSums / count);
+    const int64_t most = std::min({tile_pixels, int64_t{kMaxPixels}, kMaxSums / count});
     const int64_t parts = ceil_div(length, most);
     for (int64_t i = 0; i < parts; ++i) {
       const int64_t begin = length * i / parts, width = length * (i + 1) / parts - begin;
       t.x = x + begin * x_step;
       t.y = y + (from + begin) * s.y_stride;
       t.residual = residual == nullptr ? nullptr : residual + (from + begin) * s.residual_stride;
-      const auto kernel = s.direct ? SparseKernels<Traits>::template pick<true>(count, width)
-                                   : SparseKernels<Traits>::template pick<false>(count, width);
-      kernel(t);
+      // The next blocks' weights come in while these are used: they may lie beyond L2.
+      const char* end = t.weight + 2 * count * block_bytes;
+      SparseKernels<Traits>::pick(count, width, s.direct, t.ahead < end)(t);
+      t.ahead += block_bytes / 2;
     }
   }
 
@@ -260,7 +276,9 @@ struct SparseConv {
   bool flat;
   int64_t group_outputs, blocks, channel_groups, block_bytes;
   int64_t tile_blocks, tile_pixels, split;
-  int64_t pixels = 0, unit, tiles;
+  RowTiles rows;
+  int64_t first_pixel = 0, last_pixel = 0, unit = 0;  // of a flat conv
+  int64_t tiles;
 };
 
 }  // namespace spre

@@ -1,4 +1,4 @@
-// 16 float lanes in one AVX-512 register.
+// 16 float lanes in one AVX-512 register; bfloat16 where the CPU multiplies it.
 #pragma once
 
 #include <immintrin.h>
@@ -9,7 +9,11 @@
 
 namespace spre {
 
+#ifdef SPRE_HAS_BFLOAT16
+inline constexpr const char* kIsa = "avx512_bf16";
+#else
 inline constexpr const char* kIsa = "avx512";
+#endif
 
 struct Floats {
   __m512 v;
@@ -41,21 +45,11 @@ SPRE_INLINE void store(float* p, Floats a, int count) {
   _mm512_mask_storeu_ps(p, first(count), a.v);
 }
 
+#ifdef SPRE_HAS_BFLOAT16
 SPRE_INLINE Floats widen(__m256i x) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
 }
-SPRE_INLINE __m256i narrow(Floats a) {
-#ifdef __AVX512BF16__
-  return (__m256i)_mm512_cvtneps_pbh(a.v);
-#else
-  const __m512i bits = _mm512_castps_si512(a.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(
-      _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
-#endif
-}
+SPRE_INLINE __m256i narrow(Floats a) { return (__m256i)_mm512_cvtneps_pbh(a.v); }
 SPRE_INLINE Floats load(const BFloat16* p) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -68,8 +62,9 @@ SPRE_INLINE void store(BFloat16* p, Floats a) {
 SPRE_INLINE void store(BFloat16* p, Floats a, int count) {
   _mm256_mask_storeu_epi16(p, first(count), narrow(a));
 }
+#endif
 
-// e^x, to 2 units in the last place, for x in [-87, 87].
+// e^x, to 2 units in the last place, for x in [-87, 89]; infinite from 88.8 on.
 SPRE_INLINE Floats exponential(Floats x) {
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x.v, _mm512_set1_ps(1.44269504f)), 0);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x.v);
@@ -88,6 +83,7 @@ struct Float32Traits {
   using Weights = __m512;
   using Index = __m512i;
   static constexpr int kGroup = 16;
+  static constexpr int kSections = 1;
   SPRE_INLINE Input input(const float* p) { return _mm512_loadu_ps(p); }
   SPRE_INLINE Weights weights(const char* p) {
     return _mm512_load_ps(reinterpret_cast<const float*>(p));
@@ -97,6 +93,8 @@ struct Float32Traits {
     return {_mm512_fmadd_ps(_mm512_permutexvar_ps(i, x), w, a.v)};
   }
 };
+
+using HalvedFloat32Traits = Float32Traits;
 
 struct WideFloat32Traits : Float32Traits {
   struct Input {
@@ -109,13 +107,14 @@ struct WideFloat32Traits : Float32Traits {
   }
 };
 
-#ifdef __AVX512BF16__
+#ifdef SPRE_HAS_BFLOAT16
 struct BFloat16Traits {
   using Element = BFloat16;
   using Input = __m512i;
   using Weights = __m512i;
   using Index = __m512i;
   static constexpr int kGroup = 32;
+  static constexpr int kSections = 1;
   SPRE_INLINE Input input(const BFloat16* p) { return _mm512_loadu_si512(p); }
   SPRE_INLINE Weights weights(const char* p) { return _mm512_load_si512(p); }
   SPRE_INLINE Index index(const char* p) { return _mm512_load_si512(p + 64); }
@@ -126,6 +125,11 @@ struct BFloat16Traits {
 #endif
 
 inline constexpr int kRegisters = 32;
-inline constexpr int kMaxSums = 28;  // 16-lane sums that leave registers for the rest
+// Sums of a sparse kernel: at most so many, in at most so many blocks, at so many pixels; and how
+// many leave registers for the weights, so that the input is read once.
+inline constexpr int kMaxSums = 28;
+inline constexpr int kMaxBlocks = 4;
+inline constexpr int kMaxPixels = 14;
+inline constexpr int kReadOnceSums = 22;
 
 }  // namespace spre

@@ -33,26 +33,27 @@ struct WindowStep {
   static constexpr int kPixels = kRegisters >= 32 ? 8 : 4;
 
   explicit WindowStep(const Step& step)
-      : s(step), padded(round_up(step.channels, kLanes)), blocks(ceil_div(step.channels, kLanes)) {
+      : s(step),
+        padded(round_up(step.channels, kLanes)),
+        blocks(ceil_div(step.channels, kLanes)),
+        rows(step, 1) {
     // Few rows (a global pool has one) are shared out by channels as well.
-    parts = std::max<int64_t>(1, std::min(blocks, ceil_div(16, std::max<int64_t>(1, rows()))));
+    parts = std::max<int64_t>(1, std::min(blocks, ceil_div(16, std::max<int64_t>(1, rows.size()))));
   }
 
   void run(const X* x, X* y, const X* residual, const X* weight, const float* bias,
            const Worker& worker) const {
-    const int64_t tasks = rows() * parts;
+    const int64_t tasks = rows.size() * parts;
     for (int64_t task = worker.first(tasks); task < worker.last(tasks); ++task) {
-      const int64_t row = task / parts, part = task % parts;
-      const int64_t image = row / s.out_height;
+      const int64_t part = task % parts;
+      const auto [image, row, one] = rows[task / parts];
       const X* from = x + image * s.height * s.width * s.x_stride;
       for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block)
-        run_row(block * kLanes, row, row % s.out_height, from, y, residual, weight, bias);
+        run_row(block * kLanes, image * s.out_height + row, row, from, y, residual, weight, bias);
     }
   }
 
  private:
-  int64_t rows() const { return s.batch * s.out_height; }
-
   void run_row(int64_t channel, int64_t row, int64_t out_row, const X* x, X* y, const X* residual,
                const X* weight, const float* bias) const {
     const int64_t top = out_row * s.stride_h - s.padding_h;
@@ -117,7 +118,9 @@ struct WindowStep {
   }
 
   const Step& s;
-  int64_t padded, blocks, parts;
+  int64_t padded, blocks;
+  RowTiles rows;
+  int64_t parts;
 };
 
 }  // namespace spre
