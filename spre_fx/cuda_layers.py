@@ -297,7 +297,7 @@ class SemiStructuredConv2d(SemiStructuredLayer):
         return self.finish(y if x.ndim == 4 else y.squeeze(0), residual)
 
     def zeros_around(self) -> tuple[Pair, Pair]:
-        """The padding at both ends of rows and of columns; "same" puts an odd one at the far end."""
+        """The padding at both ends of rows and columns; "same" puts an odd one at the far end."""
         if self.padding == "same":
             spans = zip(self.dilation, self.kernel_size, strict=True)
             rows, columns = (dilation * (size - 1) for dilation, size in spans)

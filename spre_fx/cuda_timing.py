@@ -12,6 +12,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from textwrap import shorten
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +59,10 @@ def as_graph(run: Run) -> Run:
         with torch.cuda.graph(graph):
             run()
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
-        warnings.warn(f"timed with its launches, since no CUDA graph holds it: {reason}", stacklevel=2)
+        reason = shorten(str(error), 300)
+        warnings.warn(
+            f"timed with its launches, since no CUDA graph holds it: {reason}", stacklevel=2
+        )
         return run
     return graph.replay
 
@@ -78,7 +81,8 @@ def milliseconds(run: Run, repeats: int) -> float:
         run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / repeats
+    elapsed: float = start.elapsed_time(end)
+    return elapsed / repeats
 
 
 def compiled(layer: nn.Module, x: Tensor) -> Run | None:
@@ -91,7 +95,7 @@ def compiled(layer: nn.Module, x: Tensor) -> Run | None:
     try:
         run(x)
     except Exception as error:  # whatever the compiler, or the one below it, raises
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        reason = shorten(f"{type(error).__name__}: {error}", 300)
         warnings.warn(f"dense layers are measured without torch.compile: {reason}", stacklevel=2)
         return None
     return lambda: run(x)
