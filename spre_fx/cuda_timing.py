@@ -31,17 +31,16 @@ def medians(runs: Sequence[Run]) -> list[float]:
     Rounds of all functions are interleaved, so that clocks and heat are the same for all. Inputs
     stay where they are: what fits into the L2 cache is found there by all of them.
     """
-    return [statistics.median(times) for times in rounds(runs, _ROUNDS)]
+    return [statistics.median(times) for times in rounds([as_graph(run) for run in runs])]
 
 
-def rounds(runs: Sequence[Run], count: int) -> list[list[float]]:
-    """The milliseconds of each function in each of several interleaved rounds."""
-    replays = [as_graph(run) for run in runs]
-    repeats = [repeats_of(replay) for replay in replays]
+def rounds(runs: Sequence[Run], count: int = _ROUNDS) -> list[list[float]]:
+    """The milliseconds of each of several functions, as they are, in each interleaved round."""
+    repeats = [repeats_of(run) for run in runs]
     found: list[list[float]] = [[] for _ in runs]
     for _ in range(count):
-        for times, replay, repeat in zip(found, replays, repeats, strict=True):
-            times.append(milliseconds(replay, repeat))
+        for times, run, repeat in zip(found, runs, repeats, strict=True):
+            times.append(milliseconds(run, repeat))
     return found
 
 

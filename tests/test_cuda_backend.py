@@ -1,11 +1,11 @@
 """What the CUDA backend offers, refuses and chooses; its layers in a graph that is lowered."""
 
 import copy
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
+from two_four_on_cpu import OnCPU
 
 import spre_fx
 from spre_fx.backends import is_lowered
@@ -93,20 +93,6 @@ def test_without_measuring_it_stays_dense_and_says_so():
     assert lowered.why == (
         "dense: whether cusparselt or cutlass is faster is only measured, with example_inputs"
     )
-
-
-@dataclass(frozen=True)
-class OnCPU(CUDABackend):
-    """Its ways, wherever the weights are, always chosen."""
-
-    machine: str = "test"
-
-    def candidates(self, layer, pattern):
-        found = libraries(layer, pattern, HOPPER)
-        return found if isinstance(found, str) else ways(layer, found[0])
-
-    def rule(self, layer, pattern, candidates, input_shape):
-        return candidates[0]
 
 
 class Block(nn.Module):
