@@ -15,7 +15,6 @@ from spre_fx.passes.graph_view import GraphView
 from spre_fx.subclasses import has_hooks, plain_base
 
 _MODULES: dict[type[nn.Module], str] = {
-    nn.ReLU6: "relu6",  # before Hardtanh, its base
     nn.ReLU: "relu",
     nn.SiLU: "silu",
     nn.Hardswish: "hardswish",
@@ -56,13 +55,14 @@ def activation_of(view: GraphView, node: Node) -> str | None:
     if node.target in (F.hardtanh, F.hardtanh_):
         limits = dict(zip(("min_val", "max_val"), node.args[1:], strict=False)) | node.kwargs
         return "relu6" if (limits.get("min_val"), limits.get("max_val")) == (0, 6) else None
-    found = _METHODS if node.op == "call_method" else _FUNCTIONS
-    return found.get(node.target)
+    if node.op == "call_method":
+        return _METHODS.get(str(node.target))
+    return _FUNCTIONS.get(node.target)
 
 
 def _of_module(module: nn.Module) -> str | None:
-    if plain_base(module, [nn.Hardtanh]) and (module.min_val, module.max_val) == (0, 6):
-        return "relu6"
+    if isinstance(module, nn.Hardtanh) and plain_base(module, [nn.Hardtanh]):
+        return "relu6" if module.min_val == 0 and module.max_val == 6 else None
     base = plain_base(module, list(_MODULES))
     return None if base is None else _MODULES[base]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -62,7 +62,7 @@ def _remove_what_does_nothing(view: GraphView) -> None:
 
 
 def _refuse(candidate: Candidate) -> Skip | None:
-    name, layer = candidate.name, candidate.module
+    name, layer = candidate.name, cast(Any, candidate.module)
     if not is_lowered(layer):
         return Skip(Reason.NOT_LOWERED, f"{name}: runs dense")
     if len(candidate.calls) != 1:

@@ -44,12 +44,12 @@ class Tunable(Protocol):
         ...
 
 
-def is_lowered(module: object) -> TypeGuard[LoweredLayer]:
+def is_lowered(module: nn.Module | None) -> bool:
     """Whether `module` is what a backend made of a layer, other than that layer itself."""
-    return isinstance(module, nn.Module) and hasattr(type(module), "to_dense")
+    return isinstance(module, LoweredLayer)
 
 
-def is_layer(module: object) -> TypeGuard[Layer]:
+def is_layer(module: nn.Module | None) -> TypeGuard[Layer]:
     """Whether `module` is a conv or linear, or what a backend made of one.
 
     The latter has the `weight` of the dense layer, shape and values, as a property.
