@@ -14,7 +14,7 @@ import torch
 from spre_fx.engine.program import Program, Step
 from spre_fx.errors import OptionError
 
-VERSION = 3  # of engine.h
+VERSION = 2  # of engine.h
 VARIABLE = "SPRE_FX_ENGINE"
 ISAS = ("avx512", "avx2", "portable")  # the best first
 

@@ -11,10 +11,8 @@ namespace spre {
 template <class X>
 void run_affine(const Step& s, const X* x, X* y, const X* residual, const float* scale,
                 const float* bias, const Worker& worker) {
-  const RowTiles rows(s, 1);
-  const int64_t first = rows.first_row() * s.out_width;
-  const int64_t pixels = rows.last_row() * s.out_width - first;
-  for (int64_t p = first + worker.first(pixels); p < first + worker.last(pixels); ++p) {
+  const int64_t pixels = s.batch * s.out_height * s.out_width;
+  for (int64_t p = worker.first(pixels); p < worker.last(pixels); ++p) {
     for (int64_t c = 0; c < s.channels; c += kLanes) {
       const int lanes = static_cast<int>(std::min<int64_t>(kLanes, s.channels - c));
       const X* from = x + p * s.x_stride + c;
@@ -30,10 +28,8 @@ void run_affine(const Step& s, const X* x, X* y, const X* residual, const float*
 
 template <class X>
 void run_copy(const Step& s, const X* x, X* y, const Worker& worker) {
-  const RowTiles rows(s, 1);
-  const int64_t first = rows.first_row() * s.out_width;
-  const int64_t pixels = rows.last_row() * s.out_width - first;
-  for (int64_t p = first + worker.first(pixels); p < first + worker.last(pixels); ++p)
+  const int64_t pixels = s.batch * s.out_height * s.out_width;
+  for (int64_t p = worker.first(pixels); p < worker.last(pixels); ++p)
     std::memcpy(y + p * s.y_stride, x + p * s.x_stride, s.channels * sizeof(X));
 }
 

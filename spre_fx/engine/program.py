@@ -50,7 +50,6 @@ _FIELDS = (
     *("padding_h", "padding_w", "dilation_h", "dilation_w"),
     *("groups", "activation", "count_inside"),
     *("slots", "channel_group", "halves"),
-    *("first_row", "row_count"),
     *("tile_blocks", "tile_pixels", "tile_rows", "split", "direct"),
 )
 

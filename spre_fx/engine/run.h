@@ -120,7 +120,7 @@ inline void work(const Job& job, int64_t thread, int64_t threads) {
 
 #define SPRE_EXPORT extern "C" __attribute__((visibility("default")))
 
-SPRE_EXPORT int64_t spre_version() { return 3; }
+SPRE_EXPORT int64_t spre_version() { return 2; }
 
 SPRE_EXPORT const char* spre_isa() { return spre::kIsa; }
 

@@ -150,11 +150,10 @@ struct SparseConv {
     tile_pixels = std::max<int64_t>(1, step.tile_pixels);
     split = std::max<int64_t>(1, std::min(step.split, ceil_div(blocks, tile_blocks)));
     if (flat) {  // a 1x1 conv knows no rows: tiles are stretches of all pixels of the batch
-      first_pixel = rows.first_row() * s.out_width;
-      last_pixel = rows.last_row() * s.out_width;
+      pixels = s.batch * s.out_height * s.out_width;
       unit = round_up(std::max<int64_t>(1, step.tile_rows) * s.out_width, tile_pixels);
-      unit = std::max<int64_t>(1, std::min(unit, last_pixel - first_pixel));
-      tiles = ceil_div(last_pixel - first_pixel, unit);
+      unit = std::max<int64_t>(1, std::min(unit, pixels));
+      tiles = ceil_div(pixels, unit);
       input.set_flat(unit);
     } else {
       tiles = rows.size();
@@ -183,8 +182,8 @@ struct SparseConv {
  private:
   void pack(const X* x, int64_t tile, X* scratch) const {
     if (flat) {
-      const int64_t from = first_pixel + tile * unit;
-      input.pack_pixels(x + from * s.x_stride, std::min(unit, last_pixel - from), scratch);
+      const int64_t from = tile * unit;
+      input.pack_pixels(x + from * s.x_stride, std::min(unit, pixels - from), scratch);
     } else {
       const auto [image, row, count] = rows[tile];
       input.pack_rows(x + image * s.height * s.width * s.x_stride, row, count, scratch);
@@ -239,7 +238,7 @@ struct SparseConv {
   void run_blocks(int64_t count, SparseTile<X>& t, int64_t tile, const X* base, X* y,
                   const X* residual) const {
     if (flat) {
-      const int64_t from = first_pixel + tile * unit, length = std::min(unit, last_pixel - from);
+      const int64_t from = tile * unit, length = std::min(unit, pixels - from);
       const X* x = s.direct ? base + from * s.x_stride : base;
       run_stretch(count, t, x, s.direct ? s.x_stride : Traits::kGroup, from, length, y, residual);
       return;
@@ -277,7 +276,7 @@ struct SparseConv {
   int64_t group_outputs, blocks, channel_groups, block_bytes;
   int64_t tile_blocks, tile_pixels, split;
   RowTiles rows;
-  int64_t first_pixel = 0, last_pixel = 0, unit = 0;  // of a flat conv
+  int64_t pixels = 0, unit = 0;  // of a flat conv
   int64_t tiles;
 };
 

@@ -30,7 +30,7 @@ inline Step with_tile(const Step& step, int64_t threads) {
   s.tile_pixels = flat ? most : ceil_div(s.out_width, std::max<int64_t>(1, ceil_div(s.out_width, most)));
   s.direct = one_tap(s) && s.channels / s.groups % s.channel_group == 0;
 
-  const int64_t rows = s.row_count == 0 ? s.batch * s.out_height : s.row_count;
+  const int64_t rows = s.batch * s.out_height;
   const int64_t element = s.type == kFloat32 ? 4 : 2;
   const int64_t row = std::max<int64_t>(1, s.width * round_up(s.channels, 16) * s.stride_h * element);
   s.tile_rows = std::max<int64_t>(1, std::min(kPackedBytes / row, ceil_div(rows, threads)));

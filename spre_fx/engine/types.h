@@ -40,30 +40,26 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // The output rows of a step, cut into tiles of at most `unit` rows of one image.
 class RowTiles {
  public:
-  RowTiles(const Step& s, int64_t unit) : height_(s.out_height), first_(s.first_row) {
-    last_ = s.row_count == 0 ? s.batch * s.out_height : s.first_row + s.row_count;
-    rows_ = last_ > first_ ? std::min(height_, last_ - first_) : 0;  // of one image
-    unit_ = std::max<int64_t>(1, std::min(unit, rows_));
-    tiles_ = ceil_div(rows_, unit_);
-  }
+  RowTiles(const Step& s, int64_t unit)
+      : height_(s.out_height),
+        unit_(std::max<int64_t>(1, std::min(unit, height_))),
+        tiles_(ceil_div(height_, unit_)),
+        size_(s.batch * tiles_) {}
 
   struct Tile {
     int64_t image, row, count;
   };
 
   int64_t unit() const { return unit_; }
-  int64_t first_row() const { return first_; }
-  int64_t last_row() const { return last_; }
-  int64_t size() const { return rows_ == 0 ? 0 : (last_ - first_) / rows_ * tiles_; }
+  int64_t size() const { return size_; }
 
   Tile operator[](int64_t tile) const {
-    const int64_t begin = tile % tiles_ * unit_;
-    const int64_t image = first_ / height_ + tile / tiles_;
-    return {image, first_ % height_ + begin, std::min(unit_, rows_ - begin)};
+    const int64_t row = tile % tiles_ * unit_;
+    return {tile / tiles_, row, std::min(unit_, height_ - row)};
   }
 
  private:
-  int64_t height_, first_, last_, rows_, unit_, tiles_;
+  int64_t height_, unit_, tiles_, size_;
 };
 
 }  // namespace spre
