@@ -145,9 +145,7 @@ def _linear_fake(
     return _fake(_Layer(True, *how), x, weight, bias, residual)
 
 
-def conv2d_step(
-    x: Tensor, weight: Tensor, bias: _Optional, residual: _Optional, *how: Any
-) -> Step:
+def conv2d_step(x: Tensor, weight: Tensor, bias: _Optional, residual: _Optional, *how: Any) -> Step:
     """What the engine does for `packed_conv2d`, as a step of a program; of tensors, shapes count.
 
     Raises:
@@ -157,9 +155,7 @@ def conv2d_step(
     return _step(call, _checked_shape(call))
 
 
-def linear_step(
-    x: Tensor, weight: Tensor, bias: _Optional, residual: _Optional, *how: Any
-) -> Step:
+def linear_step(x: Tensor, weight: Tensor, bias: _Optional, residual: _Optional, *how: Any) -> Step:
     """`conv2d_step` for `packed_linear`."""
     call = _call(_Layer(True, *how), x, weight, bias, residual)
     return _step(call, _checked_shape(call))

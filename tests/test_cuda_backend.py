@@ -1,6 +1,7 @@
 """What the CUDA backend offers, refuses and chooses; its layers in a graph that is lowered."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from spre_fx.choice import Timings
 from spre_fx.cuda_backend import CUDABackend, libraries, ways
 from spre_fx.cuda_layers import CONV_METHODS, SemiStructuredConv2d, SemiStructuredLinear
 from spre_fx.dense_form import to_dense
+from spre_fx.lowering import choose_backend
 from spre_fx.masks import nm_mask
 from spre_fx.passes.pipeline import lowering_pipeline
 from spre_fx.patterns import Pattern
@@ -144,6 +146,13 @@ def test_a_lowered_graph_computes_the_same_and_comes_back():
         assert relative(copy.deepcopy(lowered)(x), expected) < 5e-3
         back = to_dense(lowered)
         assert torch.equal(back(x), dense(x))
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_model_on_a_device_is_lowered_for_it(name, monkeypatch):
+    parameter = SimpleNamespace(device=torch.device("cuda:1"))
+    model = SimpleNamespace(parameters=lambda: iter([parameter]))
+    assert choose_backend(model, name, stacklevel=1) == CUDABackend()
 
 
 @pytest.mark.cuda
