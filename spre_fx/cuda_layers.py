@@ -144,8 +144,8 @@ class SemiStructuredLayer(nn.Module):
     def search(self, x: Tensor) -> None:
         """Take the algorithm that is fastest for `(rows, columns)` inputs like x.
 
-        Any algorithm is right for any number of rows; CUTLASS has one only. Not to be called while
-        a CUDA graph is captured.
+        It is used for other numbers of rows, too. CUTLASS has one only. Not to be called while a
+        CUDA graph is captured.
         """
         if self.compressed is not None and x.is_cuda:
             dense = pad_dense(x, 2 * self.values.shape[1])
