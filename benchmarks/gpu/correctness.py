@@ -97,7 +97,7 @@ def on(
 
 @torch.inference_mode()
 def errors(layer: nn.Module, library: str, x: Tensor, exact: Tensor) -> Iterator[tuple[float, str]]:
-    """The error of every way to run a layer: by default, after a search, and on other sizes then."""
+    """The error of every way to run a layer: by default, after a search, then on other sizes."""
     for way in ways(layer, library):
         yield relative(way.module(x), exact), "default"
         way.module.tune(x)
