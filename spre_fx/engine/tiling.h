@@ -30,13 +30,16 @@ inline Step with_tile(const Step& step, int64_t threads) {
   s.tile_pixels = flat ? most : ceil_div(s.out_width, std::max<int64_t>(1, ceil_div(s.out_width, most)));
   s.direct = one_tap(s) && s.channels / s.groups % s.channel_group == 0;
 
-  const int64_t rows = s.batch * s.out_height;
+  // Equal tiles, as many for each thread; threads that can't be given equal rows are given outputs.
+  const int64_t rows = flat ? s.batch * s.out_height : s.out_height;
   const int64_t element = s.type == kFloat32 ? 4 : 2;
   const int64_t row = std::max<int64_t>(1, s.width * round_up(s.channels, 16) * s.stride_h * element);
-  s.tile_rows = std::max<int64_t>(1, std::min(kPackedBytes / row, ceil_div(rows, threads)));
-  // Threads that can't be given equal rows are given outputs.
-  const int64_t tiles = ceil_div(rows, s.tile_rows);
-  s.split = threads > 1 && (tiles < 4 * threads && tiles % threads != 0) ? threads : 1;
+  const int64_t fitting = std::max<int64_t>(1, kPackedBytes / row);
+  const int64_t sharers = flat ? threads : ceil_div(threads, s.batch);
+  const int64_t tiles = round_up(std::max<int64_t>(1, ceil_div(rows, fitting)), sharers);
+  s.tile_rows = std::max<int64_t>(1, ceil_div(rows, tiles));
+  const int64_t busiest = s.tile_rows * ceil_div(ceil_div(rows, s.tile_rows), sharers) * sharers;
+  s.split = threads > 1 && busiest * 10 > rows * 11 ? threads : 1;
   return s;
 }
 
