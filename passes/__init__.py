@@ -3,11 +3,17 @@
 from spre_fx.passes.base import Account, Pass, PassResult, Reason, Skip
 from spre_fx.passes.duplicate_branches import DuplicateBranches
 from spre_fx.passes.fold_branches import FoldBranches
+from spre_fx.passes.fuse_epilogues import FuseEpilogues
 from spre_fx.passes.lower import Lower
 from spre_fx.passes.matcher import Site, match_site
 from spre_fx.passes.modularise_calls import ModulariseCalls
 from spre_fx.passes.permute_channels import PermuteChannels
-from spre_fx.passes.pipeline import Pipeline, deployment_pipeline, training_pipeline
+from spre_fx.passes.pipeline import (
+    Pipeline,
+    deployment_pipeline,
+    lowering_pipeline,
+    training_pipeline,
+)
 from spre_fx.passes.policy import Policy
 from spre_fx.passes.specialise_to_eval import SpecialiseToEval
 from spre_fx.passes.tracer import Tracer
@@ -19,6 +25,7 @@ __all__ = [
     "Account",
     "DuplicateBranches",
     "FoldBranches",
+    "FuseEpilogues",
     "Lower",
     "ModulariseCalls",
     "Pass",
@@ -34,6 +41,7 @@ __all__ = [
     "WireMasks",
     "WireUnstructured",
     "deployment_pipeline",
+    "lowering_pipeline",
     "match_site",
     "trace",
     "training_pipeline",

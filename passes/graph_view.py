@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from spre_fx import records
+from spre_fx.backends import is_layer
 from spre_fx.batch_norm import is_batch_norm
 from spre_fx.modules import SPARSIFIABLE, Layer, NMLayer, SpReConv
 from spre_fx.passes.functional_calls import LAYER_FUNCTIONS, owner_of, reads_metadata
@@ -140,7 +141,7 @@ class GraphView:
         """
         found = {}
         for name, module in self.graph_module.named_modules():
-            if isinstance(module, Layer) and not isinstance(module, SpReConv):
+            if is_layer(module) and not isinstance(module, SpReConv):
                 calls = tuple(self.calls.get(id(module), ()))
                 inside = self.enclosing_leaf(name)
                 if inside is None or not _is_divided(self.modules[inside]):

@@ -2,55 +2,122 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.fx import GraphModule
 
 from spre_fx import records
-from spre_fx.backends import Backend
+from spre_fx.backends import Backend, Lowered, dense
+from spre_fx.choice import Choice, Shape, Timings
 from spre_fx.passes.base import Account, Pass, Reason, Skip
 from spre_fx.passes.edit import replace_module
 from spre_fx.passes.graph_view import Candidate, GraphView
 from spre_fx.patterns import Pattern
+from spre_fx.subclasses import carry_hooks
 
 
 @dataclass(frozen=True)
 class Lower(Pass):
-    """Hand every folded N:M layer to the backend. One of a flat pattern stays a dense op.
+    """Run every folded N:M layer as fast as the backend can. One of a flat pattern stays dense.
 
     Attributes:
-        backend: What to lower to.
+        backend: Whose ways to run a layer there are.
+        shapes: The shapes of each layer's inputs, one for each of its calls in a forward. A layer
+            that is in here is measured; of any other the backend's rule decides.
+        timings: What has been measured before, and keeps what is measured now.
+        progress: Whether to show a progress bar on a terminal, where tqdm is installed.
     """
 
     backend: Backend
+    shapes: Mapping[nn.Module, Sequence[Shape]] = field(default_factory=dict)
+    timings: Timings | None = field(default=None, compare=False)
+    progress: bool = True
 
     def rewrite(self, graph_module: GraphModule) -> Account:
-        """Replace each layer by what the backend makes of it, and write down the choice."""
+        """Replace each layer by what runs it, and write down the choice."""
         view = GraphView(graph_module)
-        found = {name: self._lower(candidate) for name, candidate in view.candidates.items()}
-        for name, module in found.items():
-            if isinstance(module, nn.Module):
-                replace_module(graph_module, name, module)
-        skipped = {name: skip for name, skip in found.items() if isinstance(skip, Skip)}
-        return Account(tuple(name for name in found if name not in skipped), skipped)
+        timings = self.timings or Timings(self.backend.machine)
+        skipped = {}
+        with _progress_bar(list(view.candidates.items()), self.progress and self.shapes) as bar:
+            for name, candidate in bar:
+                found = _refuse(view, candidate) or self._lower(candidate, timings)
+                if isinstance(found, Skip):
+                    skipped[name] = found
+                else:
+                    replace_module(graph_module, name, found)
+        return Account(tuple(name for name in view.candidates if name not in skipped), skipped)
 
-    def _lower(self, candidate: Candidate) -> nn.Module | Skip:
-        record = records.read(candidate.module) if candidate.module is not None else {}
-        if candidate.module is None or "pattern" not in record:
-            detail = f"{candidate.name}: carries no N:M pattern"
-            return Skip(Reason.NOT_SPARSE, detail)
-        if "backend" in record:
-            detail = f"{candidate.name}: is lowered to {record['backend']}"
-            return Skip(Reason.ALREADY_DONE, detail)
+    def _lower(self, candidate: Candidate, timings: Timings) -> nn.Module | Skip:
+        layer = candidate.module
+        assert layer is not None
+        record = records.read(layer)
         pattern = Pattern.parse(record["pattern"])
-        if pattern.flat:
-            detail = f"groups of {pattern} straddle filters, which no sparse op can take"
-            records.write(candidate.module, record | records.Record(note=f"not lowered: {detail}"))
-            return Skip(Reason.REFUSED, f"{candidate.name}: {detail}")
-        lowered = self.backend.lower(candidate.module, pattern)
-        if isinstance(lowered, str):
-            return Skip(Reason.REFUSED, f"{candidate.name}: {lowered}")
-        choice = records.Record(backend=self.backend.name, note=lowered.why)
-        records.write(lowered.module, record | choice)
-        return lowered.module
+        ways = self.backend.candidates(layer, pattern)
+        if isinstance(ways, str):
+            choice = Choice(dense(layer, f"not lowered: {ways}"))
+        else:
+            choice = self._choose(layer, pattern, ways, timings)
+        lowered = choice.lowered.module
+        if lowered is not layer:
+            carry_hooks(layer, lowered)
+        records.write(lowered, record | _written(choice))
+        if isinstance(ways, str):
+            return Skip(Reason.REFUSED, f"{candidate.name}: {ways}")
+        return lowered
+
+    def _choose(
+        self, layer: nn.Module, pattern: Pattern, ways: list[Lowered], timings: Timings
+    ) -> Choice:
+        shapes = self.shapes.get(layer, ())
+        if ways and shapes:
+            return timings.choose(layer, ways, shapes)
+        return Choice(self.backend.rule(layer, pattern, ways, shapes[0] if shapes else None))
+
+
+def _refuse(view: GraphView, candidate: Candidate) -> Skip | None:
+    """Why a candidate stays what it is whatever the backend, None for one that may be lowered."""
+    name, module = candidate.name, candidate.module
+    record = records.Record() if module is None else records.read(module)
+    if module is None or "pattern" not in record:
+        return Skip(Reason.NOT_SPARSE, f"{name}: carries no N:M pattern")
+    if "backend" in record:
+        return Skip(Reason.ALREADY_DONE, f"{name}: is lowered to {record['backend']}")
+    if Pattern.parse(record["pattern"]).flat:
+        pattern = record["pattern"]
+        detail = f"groups of {pattern} straddle filters, which no sparse op can take"
+    elif readers := [
+        node.name
+        for leaf in ("weight", "bias")
+        for node in view.attributes.get(f"{name}.{leaf}", ())
+    ]:
+        detail = f"its parameters are also read by {', '.join(readers)}"
+    else:
+        return None
+    records.write(module, record | records.Record(note=f"not lowered: {detail}"))
+    return Skip(Reason.REFUSED, f"{name}: {detail}")
+
+
+def _written(choice: Choice) -> records.Record:
+    found = records.Record(backend=choice.lowered.kind, note=choice.lowered.why)
+    if choice.dense_ms is not None and choice.chosen_ms is not None:
+        found["dense_ms"], found["chosen_ms"] = choice.dense_ms, choice.chosen_ms
+    return found
+
+
+@contextmanager
+def _progress_bar(
+    candidates: list[tuple[str, Candidate]], wanted: object
+) -> Iterator[Iterable[tuple[str, Candidate]]]:
+    """The candidates, with a bar on a terminal where tqdm is installed and this takes a second."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        wanted = False
+    if not wanted:
+        yield candidates
+        return
+    with tqdm(candidates, desc="measuring layers", unit="layer", disable=None, delay=1) as bar:
+        yield bar

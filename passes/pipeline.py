@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import nn
 from torch.fx import GraphModule
 
 from spre_fx.backends import Backend
+from spre_fx.choice import Shape, Timings
 from spre_fx.criteria import Criterion
 from spre_fx.methods import MaskMethod
 from spre_fx.modules import MaskSchedule
 from spre_fx.passes.base import Account, Pass
 from spre_fx.passes.duplicate_branches import DuplicateBranches
 from spre_fx.passes.fold_branches import FoldBranches
+from spre_fx.passes.fuse_epilogues import FuseEpilogues
 from spre_fx.passes.lower import Lower
 from spre_fx.passes.modularise_calls import ModulariseCalls
 from spre_fx.passes.permute_channels import PermuteChannels
@@ -74,12 +78,13 @@ def training_pipeline(
     return Pipeline((*first, duplicate, wire))
 
 
-def deployment_pipeline(backend: Backend) -> Pipeline:
-    """Training graph -> deployed graph."""
-    return Pipeline(
-        (
-            SpecialiseToEval(),
-            FoldBranches(),
-            Lower(backend),
-        )
-    )
+def deployment_pipeline() -> Pipeline:
+    """Training graph -> deployed graph of ordinary torch layers."""
+    return Pipeline((SpecialiseToEval(), FoldBranches()))
+
+
+def lowering_pipeline(
+    backend: Backend, shapes: Mapping[nn.Module, Sequence[Shape]], timings: Timings
+) -> Pipeline:
+    """Deployed graph -> the graph that a machine runs."""
+    return Pipeline((Lower(backend, shapes, timings), FuseEpilogues()))

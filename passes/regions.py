@@ -21,6 +21,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from spre_fx import records
+from spre_fx.backends import is_layer
 from spre_fx.batch_norm import is_batch_norm
 from spre_fx.errors import TraceError
 from spre_fx.modules import Layer
@@ -65,7 +66,7 @@ def find_regions(model: nn.Module) -> list[Region]:
 def is_divided(model: nn.Module) -> bool:
     """Whether `model` has been through `prepare`, so that its graphs are its regions."""
     return isinstance(model, GraphModule) or any(
-        isinstance(module, Layer) and records.read(module) for module in model.modules()
+        is_layer(module) and records.read(module) for module in model.modules()
     )
 
 
@@ -134,7 +135,7 @@ def _is_layer(module: nn.Module) -> bool:
     """
     weight = module._parameters.get("weight")
     own = type(module) is nn.Module or not module.__module__.startswith("torch.")
-    return isinstance(module, Layer) or (weight is not None and weight.dim() > 1 and own)
+    return is_layer(module) or (weight is not None and weight.dim() > 1 and own)
 
 
 class _Walk(ABC):

@@ -31,12 +31,14 @@ if TYPE_CHECKING:
     from spre_fx.cost_report import Cost
     from spre_fx.costs import cost
     from spre_fx.criteria import SNIP, Criterion, GraSP, Taylor, update_taps
+    from spre_fx.dense_form import to_dense
     from spre_fx.dynamics import MaskDynamics
     from spre_fx.file_ledger import SavedFile
     from spre_fx.files import load, save
     from spre_fx.granet import GraNet
     from spre_fx.inspection import SiteInfo, State, sites
     from spre_fx.lbc import LBC
+    from spre_fx.lowering import lower
     from spre_fx.methods import ASP, SRSTE, MaskMethod
     from spre_fx.onnx_export import OnnxReport, check_onnx, export_onnx
     from spre_fx.permutation import ChannelPermutation
@@ -90,10 +92,12 @@ __all__ = [
     "finalize",
     "keep_masks_from_ddp",
     "load",
+    "lower",
     "plot_spatial_sparsity",
     "prepare",
     "save",
     "sites",
+    "to_dense",
     "update_taps",
 ]
 
@@ -131,10 +135,12 @@ _HOME = {
     "finalize": "api",
     "keep_masks_from_ddp": "ranks",
     "load": "files",
+    "lower": "lowering",
     "plot_spatial_sparsity": "plots",
     "prepare": "api",
     "save": "files",
     "sites": "inspection",
+    "to_dense": "dense_form",
     "update_taps": "criteria",
 }
 

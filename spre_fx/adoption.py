@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.fx import GraphModule
 
 from spre_fx import masks, records
-from spre_fx.backends import DenseBackend
 from spre_fx.checks import check_model, is_prepared
 from spre_fx.errors import ModelError
 from spre_fx.inspection import uncalled_layers
+from spre_fx.lowering import BackendName, check_backend, lower_in_place
 from spre_fx.passes.base import Reason, Skip
 from spre_fx.passes.graph_view import Candidate, GraphView
 from spre_fx.passes.pipeline import deployment_pipeline
@@ -30,7 +32,14 @@ _ANY = Pattern(1, 2)
 
 
 @torch.no_grad()
-def adopt(model: nn.Module, pattern: str | Pattern | None = None) -> GraphModule:
+def adopt(
+    model: nn.Module,
+    pattern: str | Pattern | None = None,
+    backend: BackendName = "auto",
+    *,
+    example_inputs: Any = None,
+    dtype: torch.dtype | None = None,
+) -> GraphModule:
     """Deploy a dense model whose weights were made N:M elsewhere: by apex's ASP, SR-STE, or others.
 
     Load the checkpoint into the dense model first (apex keeps its masks in buffers of their own:
@@ -42,6 +51,9 @@ def adopt(model: nn.Module, pattern: str | Pattern | None = None) -> GraphModule
         model: Any module that `torch.fx` can trace. Never modified.
         pattern: None: of each layer the tightest N:M that chance would not give (`pattern_search`).
             "N:M": every layer that obeys it gets it, the others stay dense.
+        backend: As for `finalize`.
+        example_inputs: As for `finalize`.
+        dtype: As for `finalize`.
 
     Returns:
         A GraphModule in evaluation mode.
@@ -49,8 +61,11 @@ def adopt(model: nn.Module, pattern: str | Pattern | None = None) -> GraphModule
     Raises:
         PatternError: If `pattern` is not one.
         TraceError: If `torch.fx` cannot follow the model.
-        ModelError: If no layer is N:M, or `prepare` made the model.
+        ModelError: If no layer is N:M, `prepare` made the model, or it does not run on the example
+            inputs.
+        OptionError: If there is no such backend, or it cannot run on the model's device.
     """
+    check_backend(backend)
     wanted = None if pattern is None else Pattern.parse(pattern)
     check_model(model)
     if is_prepared(model):
@@ -72,11 +87,13 @@ def adopt(model: nn.Module, pattern: str | Pattern | None = None) -> GraphModule
             records.note(module, choice.reason, choice.detail)
         elif module is not None:
             records.write(module, records.Record(pattern=str(choice)))
-    deployed, _ = deployment_pipeline(DenseBackend())(traced)
+    deployed, _ = deployment_pipeline()(traced)
     for name, candidate in GraphView(deployed).candidates.items():
         if name in found and candidate.module is not None:
             check_pattern(name, candidate.module, found[name])
-    return deployed.eval()
+    lowered = lower_in_place(deployed, backend, example_inputs, dtype, stacklevel=4)
+    assert isinstance(lowered, GraphModule)
+    return lowered
 
 
 def _choose(view: GraphView, wanted: Pattern | None) -> dict[str, Pattern | Skip]:

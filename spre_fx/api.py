@@ -7,21 +7,22 @@ import gc
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from spre_fx import records
-from spre_fx.backends import DenseBackend
 from spre_fx.checks import check_model, check_tensors, is_prepared
 from spre_fx.criteria import SNIP, Criterion, GraSP, Taylor
 from spre_fx.errors import ModelError, OptionError
 from spre_fx.granet import GraNet
 from spre_fx.inspection import uncalled_layers
 from spre_fx.lbc import LBC
+from spre_fx.lowering import BackendName, check_backend, lower_in_place
 from spre_fx.methods import ASP, SRSTE, MaskMethod
 from spre_fx.modules import MaskSchedule, NMLayer
 from spre_fx.passes.base import Account, Reason
@@ -174,28 +175,48 @@ def prepare(
 
 
 @_without_collector
-def finalize(prepared: nn.Module, backend: Literal["dense"] = "dense") -> nn.Module:
-    """Turn a trained model into one N:M conv per site (Eq. 10), proved and lowered.
+def finalize(
+    prepared: nn.Module,
+    backend: BackendName = "auto",
+    *,
+    example_inputs: Any = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Turn a trained model into one N:M conv per site (Eq. 10), proved, and lowered to run fast.
 
     Batch norms are folded with their running statistics, whatever mode the model is in. Each merged
     kernel is checked against its pattern, and against the outputs of the branches it replaces.
+
+    Each N:M layer then becomes what runs it fastest: a sparse kernel of the backend, or the dense
+    layer where that is faster. With `example_inputs` this is measured on every layer's real input,
+    and kept for the next time (`spre_fx.choice`); without, a rule predicts it. `sites` and `diff`
+    say what was chosen and why. A model with sparse kernels is for inference: its parameters no
+    longer require gradients.
 
     Args:
         prepared: What `prepare` returned, trained, or a module that holds it, such as a
             LightningModule. DistributedDataParallel, AveragedModel and what torch.compile returns
             stand for the model inside. Never modified.
-        backend: What to lower to. "dense": ordinary torch layers that hold N:M weights.
+        backend: What N:M layers are lowered to. "cpu": the packed kernels of the CPU engine.
+            "cuda": sparse kernels of an NVIDIA GPU. "dense": ordinary torch layers that hold N:M
+            weights. "auto": that of the model's device, dense where there is none. Where the CPU
+            engine was not built, "cpu" warns and everything runs dense.
+        example_inputs: What the model is called with, or a tuple of its positional arguments, of
+            the shapes that matter.
+        dtype: The type the deployed model computes in, such as torch.bfloat16, after a fold in
+            float64. Default: that of `prepared`.
 
     Returns:
         A GraphModule in evaluation mode; a copy of `prepared` with GraphModules inside where
         `prepared` is no GraphModule.
 
     Raises:
-        ModelError: If the model was never prepared, or holds values that are not finite.
+        OptionError: If there is no such backend, or it cannot run on the model's device.
+        ModelError: If the model was never prepared, holds values that are not finite, or does not
+            run on the example inputs.
         VerificationError: If a merged layer breaks its pattern or differs from its branches.
     """
-    if backend != "dense":
-        raise OptionError(f"backend={backend!r}: expected 'dense'.")
+    check_backend(backend)
     prepared = _unwrapped(prepared)
     if not isinstance(prepared, nn.Module) or not is_prepared(prepared):
         raise ModelError(
@@ -205,12 +226,12 @@ def finalize(prepared: nn.Module, backend: Literal["dense"] = "dense") -> nn.Mod
     check_tensors(prepared)
     root = copy_model(prepared)
     regions = find_regions(root)
-    passes = deployment_pipeline(DenseBackend())
+    passes = deployment_pipeline()
     for region in reversed(regions):  # inner ones first: an outer one must hold no branches
         passes.run_in_place(region.graph_module)
     deployed = assemble(root, regions)
     _remove_clock(deployed)
-    return deployed.eval()
+    return lower_in_place(deployed, backend, example_inputs, dtype, stacklevel=4)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import nn
 
 from spre_fx import masks, records
 from spre_fx.api import finalize
+from spre_fx.dense_form import dense_view
 from spre_fx.errors import ModelError, VerificationError
 from spre_fx.modules import Layer, NMLayer
 from spre_fx.patterns import Pattern
@@ -106,7 +107,7 @@ def audit(model: nn.Module) -> Audit:
     if not any(layer.stage == "prepared" for layer in layers):
         return Audit(tuple(layers), None)
     try:
-        return Audit((*layers, *_layers(finalize(model))), None)
+        return Audit((*layers, *_layers(finalize(model, backend="dense"))), None)
     except VerificationError as error:
         return Audit(tuple(layers), str(error))
 
@@ -114,7 +115,7 @@ def audit(model: nn.Module) -> Audit:
 @torch.no_grad()
 def _layers(model: nn.Module) -> list[LayerAudit]:
     found = []
-    for name, module in model.named_modules():
+    for name, module in dense_view(model).named_modules():
         if isinstance(module, NMLayer):
             weight, pattern, stage = module.masked_weight()[0], module.pattern, "prepared"
         elif isinstance(module, Layer) and "pattern" in records.read(module):

@@ -121,7 +121,7 @@ def _model_or_file(name: str, options: Namespace) -> nn.Module:
 def _fill(dense: nn.Module, state: dict[str, Tensor], options: Namespace) -> nn.Module:
     """The prepared or the deployed kind of a model, whichever the state is of, holding it."""
     prepared = _prepare(dense, options, _schedule(state))
-    model = prepared if set(state) == set(prepared.state_dict()) else finalize(prepared)
+    model = prepared if set(state) == set(prepared.state_dict()) else finalize(prepared, "dense")
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

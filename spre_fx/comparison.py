@@ -12,7 +12,8 @@ from tabulate import tabulate
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from spre_fx.inspection import SiteInfo, describe, with_graphs
+from spre_fx.dense_form import dense_view
+from spre_fx.inspection import SiteInfo, describe, milliseconds, with_graphs
 from spre_fx.passes.alignment import align
 from spre_fx.passes.graph_view import GraphView
 
@@ -121,6 +122,7 @@ def diff(before: nn.Module, after: nn.Module) -> Diff:
     Returns:
         The comparison, computed from the two graphs.
     """
+    before, after = dense_view(before), dense_view(after)
     (_, old), (_, new) = with_graphs(before), with_graphs(after)
     old_sites, new_sites = describe(old), describe(new)
     names = dict.fromkeys([*old_sites, *new_sites])
@@ -201,9 +203,12 @@ _SITE_HEADERS = (
     "density",
     "live taps",
     "parameters",
+    "backend",
+    "dense ms",
+    "ms",
     "note",
 )
-_SITE_ALIGN = ("left", "left", "left", "left", "left", "right", "right", "right", "left")
+_SITE_ALIGN = (*("left",) * 5, *("right",) * 3, "left", *("right",) * 2, "left")
 _NODE_HEADERS = ("change", "node", "operation", "inputs before", "inputs after")
 
 
@@ -221,6 +226,9 @@ def _site_row(change: SiteChange) -> Sequence[str]:
         _arrow(_density(before), _density(after)),
         f"{taps[0]}/{taps[1]}" if taps else "",
         _arrow(_parameters(before), _parameters(after)),
+        known.backend or "",
+        milliseconds(known.dense_ms) or "",
+        milliseconds(known.chosen_ms) or "",
         known.note.removeprefix(f"{change.name}: "),
     )
 

@@ -29,7 +29,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from spre_fx.atomic_write import write_atomically
+from spre_fx.backends import is_lowered
 from spre_fx.checks import is_prepared
+from spre_fx.dense_form import to_dense
 from spre_fx.errors import FileError, ModelError, PatternError
 from spre_fx.file_ledger import LedgerLine, SavedFile
 from spre_fx.graph_data import Data
@@ -53,8 +55,10 @@ _OTHER_KINDS = {
 def save(deployed: nn.Module, path: str | os.PathLike[str]) -> SavedFile:
     """Write a deployed model to one file, which `load` reads without the model's source code.
 
-    The weights of N:M layers are stored as their values and packed positions, everything bit for
-    bit. The file is written whole or not at all: if something goes wrong, what was at `path` stays.
+    A lowered model is stored as the dense form that it stands for, which any machine can load and
+    lower again. The weights of N:M layers are stored as their values and packed positions,
+    everything bit for bit. The file is written whole or not at all: if something goes wrong, what
+    was at `path` stays.
 
     Args:
         deployed: What `finalize`, `adopt` or `load` returned.
@@ -68,8 +72,9 @@ def save(deployed: nn.Module, path: str | os.PathLike[str]) -> SavedFile:
         OSError: If the file cannot be written.
     """
     _check_deployed(deployed)
-    assert isinstance(deployed, GraphModule)
-    description, stored = model_data(deployed)
+    dense = to_dense(deployed) if any(map(is_lowered, deployed.modules())) else deployed
+    assert isinstance(dense, GraphModule)
+    description, stored = model_data(dense)
     parts: dict[str, Tensor] = {}
     lines, other = [], 0
     description["tensors"] = {}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from spre_fx import records
+from spre_fx.dense_form import dense_view
 from spre_fx.modules import Layer, NMLayer
 from spre_fx.passes.base import Reason, Skip
 from spre_fx.passes.branches import masked_weight, spre_weight
@@ -55,6 +56,9 @@ class SiteInfo:
         parameters: Elements of all parameters of the site: conv, bn and SpRe branch.
         nonzeros: Non-zeros of the weights of both branches, masks applied.
         backend: What it was lowered to, or None.
+        dense_ms: Milliseconds of the dense layer where the backend was chosen by measuring, else
+            None.
+        chosen_ms: Milliseconds of what it was lowered to, likewise.
         reason: Why it was skipped, in two words, or None.
         note: The sentence behind it, or why there is no SpRe branch, or the choice of a backend.
     """
@@ -69,6 +73,8 @@ class SiteInfo:
     parameters: int
     nonzeros: int
     backend: str | None
+    dense_ms: float | None
+    chosen_ms: float | None
     reason: str | None
     note: str
 
@@ -88,7 +94,10 @@ def sites(model: nn.Module) -> list[SiteInfo]:
 
 def site_table(model: nn.Module) -> str:
     """The records of `sites` as a plain text table."""
-    headers = ("name", "state", "pattern", "weight", "density", "live taps", "note")
+    headers = (
+        *("name", "state", "pattern", "weight", "density", "live taps"),
+        *("backend", "dense ms", "ms", "note"),
+    )
     rows = [
         (
             site.name,
@@ -97,6 +106,9 @@ def site_table(model: nn.Module) -> str:
             "x".join(map(str, site.weight_shape)),
             f"{site.density:.4g}",
             "{}/{}".format(*site.live_taps) if site.live_taps else None,
+            site.backend,
+            milliseconds(site.dense_ms),
+            milliseconds(site.chosen_ms),
             site.note.removeprefix(f"{site.name}: "),
         )
         for site in sites(model)
@@ -104,9 +116,17 @@ def site_table(model: nn.Module) -> str:
     return tabulate(rows, headers, disable_numparse=True)
 
 
+def milliseconds(time: float | None) -> str | None:
+    """A time for a table, to three digits."""
+    return None if time is None else f"{time:.3g}"
+
+
 def with_graphs(model: nn.Module) -> tuple[nn.Module, dict[str, GraphView]]:
-    """A model that is made of its regions, the very one where it is, and views of them by name."""
-    graphs = model
+    """A model that is made of its regions, the very one where it is, and views of them by name.
+
+    Of a lowered model these are the regions of its dense form, with the records of what is run.
+    """
+    graphs = model = dense_view(model)
     if not is_divided(model):
         copied = copy_model(model)
         graphs = assemble(copied, divide(copied))
@@ -165,6 +185,8 @@ def _describe(view: GraphView, candidate: Candidate) -> SiteInfo:
         parameters=sum(p.numel() for part in _parts(module, site) for p in part.parameters()),
         nonzeros=sum(nonzeros),
         backend=record.get("backend"),
+        dense_ms=record.get("dense_ms"),
+        chosen_ms=record.get("chosen_ms"),
         reason=None if pattern else record.get("reason"),
         note="; ".join(record[key] for key in _NOTES if key in record),
     )
@@ -195,6 +217,8 @@ def _describe_call(view: GraphView, candidate: Candidate) -> SiteInfo:
         parameters=0 if weight is None else weight.numel(),
         nonzeros=0 if weight is None else int(weight.count_nonzero()),
         backend=None,
+        dense_ms=None,
+        chosen_ms=None,
         reason=str(reason),
         note=f"{candidate.name}: {note}",
     )

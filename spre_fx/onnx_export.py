@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from spre_fx.atomic_write import write_atomically
 from spre_fx.checks import is_prepared
+from spre_fx.dense_form import dense_view
 from spre_fx.errors import FileError, ModelError, OptionError, VerificationError
 from spre_fx.sparse_rules import Verdict, WeightedNode, judge, verdict_table
 
@@ -109,6 +110,7 @@ def export_onnx(
             "expected a deployed model in evaluation, found one in training. Export what finalize "
             "makes of it."
         )
+    deployed = dense_view(deployed)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     if dynamic_batch:  # from one image torch concludes that there is always one
         inputs = tuple(_at_least_two(value) for value in inputs)

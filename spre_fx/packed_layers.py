@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from spre_fx.engine import Step
 from spre_fx.errors import ModelError, OptionError
-from spre_fx.packed_ops import ACTIVATIONS, Pair
+from spre_fx.packed_ops import ACTIVATIONS, Pair, conv2d_step, linear_step
 from spre_fx.weight_layout import (
     Layout,
     channels_below,
@@ -222,21 +223,19 @@ class PackedConv2d(_Packed):
         Raises:
             ModelError: If x or residual is of another shape or type.
         """
-        y: Tensor = torch.ops.spre_fx.packed_conv2d.default(
-            x,
-            self.packed,
-            self.bias,
-            residual,
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.activation,
-        )
+        operands = (x, self.packed, self.bias, residual)
+        y: Tensor = torch.ops.spre_fx.packed_conv2d.default(*operands, *self._how())
         return y
+
+    def step(self, x: Tensor, residual: Tensor | None = None) -> Step:
+        """What `forward` does, as a step of a program; only the shapes of the tensors count."""
+        return conv2d_step(x, self.packed, self.bias, residual, *self._how())
+
+    def _how(self) -> tuple[Any, ...]:
+        return (
+            *(self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding),
+            *(self.dilation, self.groups, self.activation),
+        )
 
     def _options(self) -> list[str]:
         options = [f"kernel_size={self.kernel_size}", f"stride={self.stride}"]
@@ -296,16 +295,15 @@ class PackedLinear(_Packed):
         Raises:
             ModelError: If x or residual is of another shape or type.
         """
-        y: Tensor = torch.ops.spre_fx.packed_linear.default(
-            x,
-            self.packed,
-            self.bias,
-            residual,
-            self.in_channels,
-            self.out_channels,
-            self.activation,
-        )
+        how = (self.in_channels, self.out_channels, self.activation)
+        operands = (x, self.packed, self.bias, residual)
+        y: Tensor = torch.ops.spre_fx.packed_linear.default(*operands, *how)
         return y
+
+    def step(self, x: Tensor, residual: Tensor | None = None) -> Step:
+        """What `forward` does, as a step of a program; only the shapes of the tensors count."""
+        how = (self.in_channels, self.out_channels, self.activation)
+        return linear_step(x, self.packed, self.bias, residual, *how)
 
 
 def _padding(conv: nn.Conv2d) -> Pair | None:

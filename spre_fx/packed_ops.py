@@ -146,6 +146,22 @@ def _linear_fake(
     return _fake(_Layer(True, *how), x, weight, bias, residual)
 
 
+def conv2d_step(x: Tensor, weight: Tensor, bias: _Optional, residual: _Optional, *how: Any) -> Step:
+    """What the engine does for `packed_conv2d`, as a step of a program; of tensors, shapes count.
+
+    Raises:
+        ModelError: If the operands do not fit the layer.
+    """
+    call = _call(_conv(*how), x, weight, bias, residual)
+    return _step(call, _checked_shape(call))
+
+
+def linear_step(x: Tensor, weight: Tensor, bias: _Optional, residual: _Optional, *how: Any) -> Step:
+    """`conv2d_step` for `packed_linear`."""
+    call = _call(_Layer(True, *how), x, weight, bias, residual)
+    return _step(call, _checked_shape(call))
+
+
 def _no_gradient(gradient: Tensor, shape: list[int]) -> Tensor:  # noqa: ARG001
     raise ModelError(
         "a packed layer computes no gradients: train the graph that spre_fx.prepare returns, and "
@@ -167,6 +183,8 @@ def _compute(
     engine = load() if x.is_cpu else None
     threads = torch.get_num_threads()
     plan = _plan(call, engine, threads)
+    if residual is not None and not _fits(residual, x, plan.shape):
+        return _added(_compute, layer, (x, weight, bias), residual)
     if engine is None or plan.steps is None:
         return _by_torch(layer, x, weight, bias, residual)
     layout = layer.memory_format
@@ -186,7 +204,26 @@ def _compute(
 
 def _fake(layer: _Layer, x: Tensor, weight: Tensor, bias: _Optional, residual: _Optional) -> Tensor:
     shape = _checked_shape(_call(layer, x, weight, bias, residual))
+    if residual is not None and not _fits(residual, x, shape):
+        return _added(_fake, layer, (x, weight, bias), residual)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layer.memory_format)
+
+
+def _fits(residual: Tensor, x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a residual needs neither broadcasting nor promotion to be added to the output."""
+    return residual.dtype == x.dtype and tuple(residual.shape) == shape
+
+
+def _added(
+    compute: Callable[..., Tensor],
+    layer: _Layer,
+    operands: tuple[Tensor, Tensor, _Optional],
+    residual: Tensor,
+) -> Tensor:
+    """The layer by itself, then the addition and the activation as torch computes them."""
+    y = compute(layer._replace(activation=None), *operands, None)
+    activated: Tensor = ACTIVATIONS[layer.activation][1](y + residual)
+    return activated
 
 
 def _by_torch(
@@ -300,18 +337,13 @@ def _check_input(call: _Call) -> None:
 
 
 def _check_output(call: _Call, shape: tuple[int, ...]) -> None:
-    layer, x, residual = call.layer, call.x, call.residual
+    layer, x = call.layer, call.x
     # Not asked of symbols: torch.export would narrow the sizes that it was told of.
     sides = [] if layer.linear else [side for side in shape[2:] if isinstance(side, int)]
     if min(sides, default=1) < 1:
         raise ModelError(
             f"expected an input that a kernel of {layer.kernel_size} with padding {layer.padding} "
             f"and dilation {layer.dilation} fits in, found {tuple(x.shape)}."
-        )
-    if residual is not None and (residual.dtype != x.dtype or tuple(residual.shape) != shape):
-        raise ModelError(
-            f"expected a residual of {x.dtype} with the shape of the output, {shape}, found "
-            f"{residual.dtype} of shape {tuple(residual.shape)}."
         )
 
 

@@ -7,7 +7,7 @@ leaf module is not, needs nothing of this library to be loaded again, and never 
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from torch import nn
 
@@ -22,6 +22,8 @@ class Record(TypedDict, total=False):
         reason: Why it was skipped, one word or two.
         note: The sentence for people: why it was skipped, or why it has no SpRe branch.
         backend: What it was lowered to.
+        dense_ms: Milliseconds of the dense layer where its backend was chosen by measuring.
+        chosen_ms: Milliseconds of what it was lowered to.
         unstructured: The unstructured method that chose its zeros, which obey no pattern.
         permutation: What became of the order of its input channels.
         shared: What else uses its parameters, where no graph shows it; it must stay dense.
@@ -32,6 +34,8 @@ class Record(TypedDict, total=False):
     reason: str
     note: str
     backend: str
+    dense_ms: float
+    chosen_ms: float
     unstructured: str
     permutation: str
     shared: str
@@ -53,3 +57,13 @@ def note(module: nn.Module | None, reason: object, detail: str) -> None:
     """Write down why `module` was skipped, where there is a module to write on."""
     if module is not None:
         write(module, read(module) | Record(reason=str(reason), note=detail))
+
+
+_OF_THE_CHOICE = ("backend", "note", "dense_ms", "chosen_ms")
+
+
+def without_choice(record: Record) -> Record:
+    """A record with nothing in it of what the layer was lowered to."""
+    lowered = "backend" in record
+    kept = {key: value for key, value in record.items() if not (lowered and key in _OF_THE_CHOICE)}
+    return cast(Record, kept)

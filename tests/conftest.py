@@ -1,10 +1,13 @@
 """What holds for every test: the library is whole, seeds are fixed, `cuda` tests need a device."""
 
 import importlib.util
+import os
 
 import pytest
 import torch
 from hypothesis import settings
+
+os.environ["SPRE_FX_CACHE"] = "off"  # what tests measure is nobody's business
 
 torch.set_num_threads(1)  # small tensors gain nothing from more, and cores may be busy
 

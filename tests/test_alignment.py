@@ -23,14 +23,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node, symbolic_trace
 
 from spre_fx import EveryK
-from spre_fx.backends import DenseBackend
 from spre_fx.passes import deployment_pipeline, trace
 from spre_fx.passes.alignment import align
 from spre_fx.passes.graph_view import GraphView
 
 
 def deploy(prepared: GraphModule) -> GraphModule:
-    return deployment_pipeline(DenseBackend())(prepared)[0]
+    return deployment_pipeline()(prepared)[0]
 
 
 def nodes(before: GraphModule, after: GraphModule) -> dict[Node, Node]:

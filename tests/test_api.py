@@ -310,7 +310,7 @@ def test_finalizing_twice_is_refused():
 
 
 def test_finalize_refuses_an_unknown_backend():
-    with pytest.raises(spre_fx.OptionError, match="backend='tpu': expected 'dense'"):
+    with pytest.raises(spre_fx.OptionError, match="backend='tpu': expected one of 'auto', 'cpu'"):
         spre_fx.finalize(spre_fx.prepare(small_net(), "2:4"), backend="tpu")
 
 

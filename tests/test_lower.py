@@ -1,5 +1,7 @@
-"""Lower: every folded N:M layer goes to the backend, which takes it or refuses it in words."""
+"""Lower: every folded N:M layer is run the fastest way, or stays dense and says why."""
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -26,17 +28,29 @@ class Doubling(nn.Module):
 
 @dataclass(frozen=True)
 class Toy:
-    """Takes 3x3 convs and refuses the rest."""
+    """Has one way to run 3x3 convs and refuses the rest."""
 
     name: str = "toy"
+    machine: str = "toy machine"
     asked: list[tuple[nn.Module, Pattern]] = field(default_factory=list)
+    ruled: list[tuple[int, ...] | None] = field(default_factory=list)
 
-    def lower(self, layer: nn.Module, pattern: Pattern) -> Lowered | str:
+    def candidates(self, layer: nn.Module, pattern: Pattern) -> list[Lowered] | str:
         self.asked.append((layer, pattern))
         kernel = tuple(layer.weight.shape[2:])
         if kernel != (3, 3):
             return f"kernel {kernel} is not (3, 3)"
-        return Lowered(Doubling(layer), "twice as much")
+        return [Lowered(Doubling(layer), "toy", "twice as much")]
+
+    def rule(
+        self,
+        layer: nn.Module,
+        pattern: Pattern,
+        candidates: Sequence[Lowered],
+        input_shape: tuple[int, ...] | None,
+    ) -> Lowered:
+        self.ruled.append(input_shape)
+        return candidates[0]
 
 
 def fold(model: nn.Module) -> GraphModule:
@@ -77,6 +91,11 @@ def test_what_a_backend_refuses_stays_and_says_why() -> None:
     }
     assert type(result.graph_module.conv1) is Doubling
     assert type(result.graph_module.fc) is nn.Linear
+    assert records.read(result.graph_module.fc) == {
+        "pattern": "1:4",
+        "backend": "dense",
+        "note": "not lowered: kernel () is not (3, 3)",
+    }
     assert kinds(result.graph_module) == [
         "Doubling" if kind == "Conv2d" and index < 4 else kind
         for index, kind in enumerate(kinds(folded))
@@ -93,6 +112,23 @@ def test_a_flat_pattern_is_never_lowered_and_says_why() -> None:
     assert backend.asked == []
     record = {"pattern": "1:4 flat", "note": f"not lowered: {why}"}
     assert records.read(result.graph_module.conv) == record
+
+
+def test_a_layer_whose_weight_the_graph_reads_is_never_lowered() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x.to(self.conv.weight.dtype))
+
+    traced = trace(Reads())
+    records.write(traced.conv, records.Record(pattern="1:4"))
+    result = Lower(Toy())(traced)
+    why = "refused by the backend: conv: its parameters are also read by conv_weight"
+    assert reasons(result) == {"conv": why}
+    assert type(result.graph_module.conv) is nn.Conv2d
 
 
 def test_what_a_backend_makes_is_what_runs() -> None:
@@ -141,3 +177,74 @@ def test_a_second_run_lowers_nothing() -> None:
     assert reasons(twice)["conv1"] == "already done: conv1: is lowered to dense"
     assert backend.asked == []
     assert kinds(twice.graph_module) == kinds(once)
+
+
+class Waiting(nn.Module):
+    """Does nothing, for so many milliseconds."""
+
+    def __init__(self, milliseconds: float) -> None:
+        super().__init__()
+        self.milliseconds = milliseconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(self.milliseconds / 1000)
+        return x
+
+
+@dataclass(frozen=True)
+class Timed(Toy):
+    """Has ways to run a layer that take so many milliseconds."""
+
+    waits: tuple[float, ...] = ()
+
+    def candidates(self, layer: nn.Module, pattern: Pattern) -> list[Lowered]:
+        return [Lowered(Waiting(w), f"{w} ms", f"waits {w} ms") for w in self.waits]
+
+
+def deployed_conv(layer: nn.Module) -> GraphModule:
+    graph_module = trace(chain(conv=layer))
+    records.write(graph_module.conv, records.Record(pattern="1:4"))
+    return graph_module
+
+
+def test_with_shapes_the_fastest_way_is_measured_and_written_down() -> None:
+    gm = deployed_conv(nn.Conv2d(64, 64, 3))
+    backend = Timed(waits=(9.0, 0.01))
+    lowered = Lower(backend, {gm.conv: [(4, 64, 32, 32)]}).run_in_place(gm).graph_module
+    assert lowered.conv.milliseconds == 0.01
+    record = records.read(lowered.conv)
+    assert record["backend"] == "0.01 ms"
+    assert 0.01 <= record["chosen_ms"] < record["dense_ms"]
+    ratio = f"{record['dense_ms'] / record['chosen_ms']:.2f}"
+    assert record["note"] == f"waits 0.01 ms: {ratio} times as fast as dense, on 4x64x32x32"
+    assert backend.ruled == []
+
+
+def test_no_layer_is_slower_than_dense() -> None:
+    gm = deployed_conv(conv := nn.Conv2d(8, 8, 3))
+    lowered = Lower(Timed(waits=(3.0,)), {gm.conv: [(2, 8, 6, 6)]}).run_in_place(gm).graph_module
+    assert type(lowered.conv) is nn.Conv2d
+    assert torch.equal(lowered.conv.weight, conv.weight)
+    record = records.read(lowered.conv)
+    assert record["backend"] == "dense"
+    assert record["chosen_ms"] == record["dense_ms"] < 3
+    assert record["note"].startswith("dense: 3.0 ms takes ")
+
+
+def test_the_rule_decides_on_a_layer_that_no_input_reached() -> None:
+    gm = deployed_conv(nn.Conv2d(8, 8, 3))
+    backend = Toy()
+    assert (
+        type(Lower(backend, {nn.Conv2d(1, 1, 1): [(1, 1, 1, 1)]})(gm).graph_module.conv) is Doubling
+    )
+    assert backend.ruled == [None]
+
+
+def test_hooks_of_a_layer_run_for_what_it_is_lowered_to() -> None:
+    gm = deployed_conv(nn.Conv2d(8, 8, 3))
+    seen = []
+    gm.conv.register_forward_hook(lambda *_: seen.append(1))
+    lowered = Lower(Toy()).run_in_place(gm).graph_module
+    lowered(torch.randn(1, 8, 6, 6))
+    assert type(lowered.conv) is Doubling
+    assert seen  # once for the conv inside, too

@@ -8,10 +8,12 @@ from torch.fx import GraphModule
 
 from spre_fx import SRSTE, EveryK, EveryStep, Pattern
 from spre_fx.backends import DenseBackend
+from spre_fx.choice import Timings
 from spre_fx.modules import NMLayer
 from spre_fx.passes import (
     DuplicateBranches,
     FoldBranches,
+    FuseEpilogues,
     Lower,
     ModulariseCalls,
     Pipeline,
@@ -19,13 +21,14 @@ from spre_fx.passes import (
     SpecialiseToEval,
     WireMasks,
     deployment_pipeline,
+    lowering_pipeline,
     trace,
     training_pipeline,
 )
 
 POLICY = Policy(Pattern(1, 4))
 TRAINING = training_pipeline(POLICY, SRSTE(), EveryStep(), branch="spre", gamma=0.5)
-DEPLOYMENT = deployment_pipeline(DenseBackend())
+DEPLOYMENT = deployment_pipeline()
 
 
 def test_the_training_pipeline_duplicates_and_wires() -> None:
@@ -41,8 +44,13 @@ def test_without_a_branch_the_training_pipeline_only_wires() -> None:
     assert plain.passes == (ModulariseCalls(), WireMasks(POLICY, SRSTE(), EveryK(2)))
 
 
-def test_the_deployment_pipeline_specialises_folds_and_lowers() -> None:
-    assert DEPLOYMENT.passes == (SpecialiseToEval(), FoldBranches(), Lower(DenseBackend()))
+def test_the_deployment_pipeline_specialises_and_folds() -> None:
+    assert DEPLOYMENT.passes == (SpecialiseToEval(), FoldBranches())
+
+
+def test_the_lowering_pipeline_lowers_and_fuses() -> None:
+    pipeline = lowering_pipeline(DenseBackend(), {}, Timings(""))
+    assert pipeline.passes == (Lower(DenseBackend()), FuseEpilogues())
 
 
 def test_a_pipeline_computes_what_its_passes_do_one_by_one() -> None:
@@ -56,7 +64,6 @@ def test_a_pipeline_computes_what_its_passes_do_one_by_one() -> None:
     assert_same(dict(deployed.state_dict()), dict(step.state_dict()))
     assert [account.applied for account in accounts] == [
         ("aux.conv",),
-        ("conv1", "conv2"),
         ("conv1", "conv2"),
     ]
 

@@ -50,7 +50,7 @@ REFUSALS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         lambda: spre_fx.finalize(prepared(), backend="tpu"),  # type: ignore[arg-type]
         spre_fx.OptionError,
-        "backend='tpu': expected 'dense'.",
+        "backend='tpu': expected one of 'auto', 'cpu', 'cuda', 'dense'.",
     ),
     (
         lambda: audit(net()),

@@ -1,0 +1,94 @@
+"""Which nodes of a graph apply an activation that an epilogue can take up, or do nothing at all."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+from torch.fx import Node
+from torch.nn import functional as F
+
+from spre_fx.passes.graph_view import GraphView
+from spre_fx.subclasses import has_hooks, plain_base
+
+_MODULES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+}
+_FUNCTIONS: dict[Any, str] = {
+    F.relu: "relu",
+    F.relu_: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu6: "relu6",
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+}
+_METHODS = {"relu": "relu", "relu_": "relu"}
+_IN_PLACE: tuple[Any, ...] = (
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv),
+    operator.setitem,
+)
+_NOTHING = (
+    nn.Identity,
+    *(
+        nn.Dropout,
+        nn.Dropout1d,
+        nn.Dropout2d,
+        nn.Dropout3d,
+        nn.AlphaDropout,
+        nn.FeatureAlphaDropout,
+    ),
+    torchvision.ops.StochasticDepth,
+)
+
+
+def activation_of(view: GraphView, node: Node) -> str | None:
+    """The name of the activation that a node applies to its first argument; None for others."""
+    if node.op == "call_module":
+        module = view.module_of(node)
+        return None if module is None or has_hooks(module) else _of_module(module)
+    if node.target in (F.hardtanh, F.hardtanh_):
+        limits = dict(zip(("min_val", "max_val"), node.args[1:], strict=False)) | node.kwargs
+        return "relu6" if (limits.get("min_val"), limits.get("max_val")) == (0, 6) else None
+    if node.op == "call_method":
+        return _METHODS.get(str(node.target))
+    return _FUNCTIONS.get(node.target)
+
+
+def _of_module(module: nn.Module) -> str | None:
+    if isinstance(module, nn.Hardtanh) and plain_base(module, [nn.Hardtanh]):
+        return "relu6" if module.min_val == 0 and module.max_val == 6 else None
+    base = plain_base(module, list(_MODULES))
+    return None if base is None else _MODULES[base]
+
+
+def in_place(view: GraphView, node: Node) -> bool:
+    """Whether a node may write over its first argument."""
+    module = view.module_of(node)
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    name = getattr(node.target, "__name__", "")
+    if name.endswith("_") or node.target in _IN_PLACE or node.kwargs.get("inplace"):
+        return True
+    return node.target in _FUNCTIONS and node.args[1:2] == (True,)
+
+
+def does_nothing(view: GraphView, node: Node) -> bool:
+    """Whether a node returns its first argument as it is, in evaluation."""
+    module = view.module_of(node)
+    if module is not None:
+        return plain_base(module, _NOTHING) is not None and not has_hooks(module)
+    if node.target is F.dropout:
+        training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
+        return training is False
+    if node.target is torchvision.ops.stochastic_depth:
+        training = node.args[3] if len(node.args) > 3 else node.kwargs.get("training", True)
+        return training is False
+    return False

@@ -1,0 +1,82 @@
+"""The CPU backend: packed N:M layers that the inference engine runs."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from spre_fx import engine
+from spre_fx.backends import Lowered, dense
+from spre_fx.engine.library import VERSION
+from spre_fx.packed_layers import PackedConv2d, PackedLinear, refusal
+from spre_fx.patterns import Pattern
+
+
+@dataclass(frozen=True)
+class CPUBackend:
+    """Takes Conv2d of any groups that pads with zeros, and Linear, in float32 and bfloat16."""
+
+    name: str = "cpu"
+
+    @property
+    def machine(self) -> str:
+        """The processor, and the instruction set and version of the engine."""
+        loaded = engine.load()
+        isa = "no engine" if loaded is None else loaded.isa
+        return f"{processor()}, {isa}, version {VERSION}"
+
+    def candidates(self, layer: nn.Module, pattern: Pattern) -> list[Lowered] | str:
+        """The packed layer, or why there is none."""
+        if (reason := refusal(layer)) is not None:
+            return reason
+        if isinstance(layer, nn.Conv2d):
+            packed: nn.Module = PackedConv2d.from_dense(layer)
+        else:
+            assert isinstance(layer, nn.Linear)
+            packed = PackedLinear.from_dense(layer)
+        return [Lowered(packed, "cpu", f"computes the {pattern} non-zeros only")]
+
+    def rule(
+        self,
+        layer: nn.Module,
+        pattern: Pattern,
+        candidates: Sequence[Lowered],
+        input_shape: tuple[int, ...] | None,  # noqa: ARG002
+    ) -> Lowered:
+        """Packed where `predicted_ratio` says it is faster."""
+        ratio = predicted_ratio(layer, pattern)
+        (packed,) = candidates
+        if ratio > 1:
+            why = f"{packed.why}: expected to be {ratio:.1f} times as fast as dense"
+            return Lowered(packed.module, packed.kind, why)
+        return dense(layer, f"dense: expected to be faster than cpu, by {1 / ratio:.1f} times")
+
+
+def predicted_ratio(layer: nn.Module, pattern: Pattern) -> float:
+    """The time of the dense layer over that of the packed one, where nothing can be measured.
+
+    A packed layer does density times the work at a lower rate. Layers with few channels do not
+    fill the vectors of 16 outputs, nor pay for the packing of their input.
+    """
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    outputs, inputs = weight.shape[0] // getattr(layer, "groups", 1), weight.shape[1]
+    rate = 0.5 * min(1.0, outputs / 16) * min(1.0, inputs / 32)
+    return rate * pattern.m / pattern.n
+
+
+@cache
+def processor() -> str:
+    """The model of the CPU, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -1,0 +1,171 @@
+"""`lower`: a deployed model, made as fast as this machine can run it."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from spre_fx import engine
+from spre_fx.backends import Backend, DenseBackend
+from spre_fx.checks import is_prepared
+from spre_fx.choice import Shape, Timings
+from spre_fx.cpu_backend import CPUBackend
+from spre_fx.cuda_backend import CUDABackend
+from spre_fx.dense_form import to_dense
+from spre_fx.errors import ModelError, OptionError
+from spre_fx.modules import Layer
+from spre_fx.passes.pipeline import lowering_pipeline
+from spre_fx.passes.regions import assemble, find_regions, is_divided
+
+BackendName: TypeAlias = Literal["auto", "cpu", "cuda", "dense"]
+_NAMES = ("auto", "cpu", "cuda", "dense")
+
+
+def lower(
+    deployed: nn.Module,
+    backend: BackendName = "auto",
+    *,
+    example_inputs: Any = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Make a deployed model as fast as this machine can run it, layer by layer.
+
+    `finalize` and `adopt` do this. What `load` returns is lowered with this function, and so is a
+    model that has moved to another device or machine.
+
+    Args:
+        deployed: What `finalize`, `adopt`, `load` or `lower` returned. Never modified.
+        backend: As for `finalize`.
+        example_inputs: As for `finalize`.
+        dtype: As for `finalize`.
+
+    Returns:
+        The lowered model in evaluation mode, on the same device.
+
+    Raises:
+        ModelError: If the model is not deployed, or does not run on the example inputs.
+        OptionError: If there is no such backend, or it cannot run on the model's device.
+    """
+    if is_prepared(deployed) or not is_divided(deployed):
+        raise ModelError(
+            f"expected a deployed model, found a {type(deployed).__name__} that finalize, adopt "
+            "or load did not make. Finalize the prepared model, which lowers it as well."
+        )
+    return lower_in_place(to_dense(deployed), backend, example_inputs, dtype, stacklevel=3)
+
+
+def lower_in_place(
+    model: nn.Module,
+    backend: str,
+    example_inputs: Any = None,
+    dtype: torch.dtype | None = None,
+    *,
+    stacklevel: int,
+) -> nn.Module:
+    """`lower` of a dense model that may be edited.
+
+    Args:
+        model: A deployed model of ordinary torch layers.
+        backend: As for `finalize`.
+        example_inputs: As for `finalize`.
+        dtype: As for `finalize`.
+        stacklevel: Of warnings, such that they name the line of the user.
+
+    Returns:
+        The model, or the graph that takes its place.
+    """
+    if dtype is not None:
+        model = model.to(dtype)
+    model = model.eval()
+    chosen = choose_backend(model, backend, stacklevel=stacklevel + 1)
+    shapes = {} if example_inputs is None else input_shapes(model, example_inputs)
+    timings = Timings.of_machine(chosen.machine)
+    regions = find_regions(model)
+    passes = lowering_pipeline(chosen, shapes, timings)
+    for region in reversed(regions):  # inner ones first, as in finalize
+        passes.run_in_place(region.graph_module)
+    timings.save()
+    return assemble(model, regions).eval()
+
+
+def check_backend(name: str) -> None:
+    """Refuse a backend that there is not.
+
+    Raises:
+        OptionError: With the names there are.
+    """
+    if name not in _NAMES:
+        raise OptionError(f"backend={name!r}: expected one of {', '.join(map(repr, _NAMES))}.")
+
+
+def choose_backend(model: nn.Module, name: str, *, stacklevel: int) -> Backend:
+    """The backend of that name, on the device of the model.
+
+    Raises:
+        OptionError: If there is no such backend, or it cannot run on the model's device.
+    """
+    check_backend(name)
+    device = next((p.device for p in model.parameters()), torch.device("cpu")).type
+    if name == "auto":
+        name = {"cpu": "cpu", "cuda": "cuda"}.get(device, "dense")
+        if name == "cpu" and engine.load() is None:
+            name = "dense"
+    elif name not in ("dense", device):
+        raise OptionError(
+            f"backend={name!r}: expected a model on that device, found one on {device!r}. Move it "
+            "there first, or leave the choice to backend='auto'."
+        )
+    if name == "cuda":
+        return CUDABackend()
+    if name == "cpu" and engine.load() is None:
+        warnings.warn(f"backend='cpu': {engine.why_not()}", stacklevel=stacklevel)
+        return DenseBackend(f"runs as an ordinary dense layer: {engine.why_not()}")
+    return CPUBackend() if name == "cpu" else DenseBackend()
+
+
+@torch.no_grad()
+def input_shapes(model: nn.Module, example_inputs: Any) -> dict[nn.Module, Sequence[Shape]]:
+    """The shapes of what each layer is called with in one run of a model.
+
+    Args:
+        model: The model, in evaluation mode.
+        example_inputs: What it is called with, or a tuple of its positional arguments. They are
+            moved to the device of the model, and to its type where they are floating.
+
+    Raises:
+        ModelError: If the model does not run on them.
+    """
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = tree_map(lambda value: _like_weights(value, model), inputs)
+    found: dict[nn.Module, list[Shape]] = defaultdict(list)
+
+    def note(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if arguments and isinstance(arguments[0], Tensor):
+            found[layer].append(tuple(arguments[0].shape))
+
+    layers = [module for module in model.modules() if isinstance(module, Layer)]
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        model(*inputs)
+    except Exception as error:  # whatever the model's own operations raise
+        raise ModelError(
+            f"example_inputs: expected what the model can be called with, found "
+            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return dict(found)
+
+
+def _like_weights(value: Any, model: nn.Module) -> Any:
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if not isinstance(value, Tensor) or weight is None:
+        return value
+    return value.to(weight.device, weight.dtype if value.is_floating_point() else None)
