@@ -56,6 +56,10 @@ struct Step {
   int64_t activation;
   int64_t count_inside;
   int64_t slots, channel_group;
+  // The output rows to compute, counted through the images of the batch; 0 in row_count: all. A
+  // range lies within one image, or is whole images. So steps can take turns over a few rows each
+  // while those are in the cache.
+  int64_t first_row, row_count;
   // How the work is cut. 0 in tile_pixels: the engine's own rule chooses all of these.
   int64_t tile_blocks;  // blocks of 16 outputs held in registers
   int64_t tile_pixels;  // pixels held in registers

@@ -1,0 +1,155 @@
+// Dense convolution for few input channels, the stem of a network: too few for a pattern, and too
+// few to fill a vector. A row of the kernel is kernel_w * channels consecutive numbers of the image;
+// each of them is broadcast and multiplied with the weights of 16 outputs.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+
+#include "epilogue.h"
+#include "team.h"
+
+namespace spre {
+
+template <class X>
+struct DenseTile {
+  const float* x;      // packed: the first pixel
+  int64_t pixel_step;  // stride_w * channels
+  int64_t row_stride;
+  int64_t rows, row_length;  // of the kernel: kernel_h and kernel_w * channels
+  const X* weight;
+  int64_t block_stride;
+  X* y;
+  int64_t y_stride;
+  const X* residual;
+  int64_t residual_stride;
+  const float* bias;
+  int64_t activation;
+  int lanes;
+};
+
+template <class X>
+using DenseKernel = void (*)(const DenseTile<X>&);
+
+template <class X, int Blocks, int Pixels>
+__attribute__((noinline)) void dense_kernel(const DenseTile<X>& tile) {
+  Floats sums[Blocks][Pixels];
+  SPRE_UNROLL for (int b = 0; b < Blocks; ++b)
+    SPRE_UNROLL for (int p = 0; p < Pixels; ++p) sums[b][p] = zeros();
+  const X* weight = tile.weight;
+  const int64_t step = tile.pixel_step;
+  for (int64_t u = 0; u < tile.rows; ++u) {
+    const float* x = tile.x + u * tile.row_stride;
+    SPRE_NO_UNROLL for (int64_t k = 0; k < tile.row_length; ++k, ++x, weight += kLanes) {
+      Floats weights[Blocks];
+      SPRE_UNROLL for (int b = 0; b < Blocks; ++b) weights[b] = load(weight + b * tile.block_stride);
+      SPRE_UNROLL for (int p = 0; p < Pixels; ++p) {
+        const Floats one = broadcast(x[p * step]);
+        SPRE_UNROLL for (int b = 0; b < Blocks; ++b) sums[b][p] = fma(one, weights[b], sums[b][p]);
+      }
+    }
+  }
+  finish<X, Blocks, Pixels>(sums, tile.y, tile.y_stride, tile.residual, tile.residual_stride,
+                            tile.bias, tile.activation, tile.lanes);
+}
+
+template <class X>
+struct DenseConv {
+  static constexpr int64_t kMostBlocks = kRegisters >= 32 ? 4 : 1;
+  static constexpr int64_t kMostPixels = kRegisters >= 32 ? 6 : 4;
+
+  explicit DenseConv(const Step& step)
+      : s(step),
+        blocks(ceil_div(step.out_channels, kLanes)),
+        block_size(step.kernel_h * step.kernel_w * step.channels * kLanes),
+        columns((step.out_width - 1) * step.stride_w + step.kernel_w),
+        rows(step, step.tile_rows),
+        row_stride(columns * step.channels) {}
+
+  int64_t scratch_bytes() const {
+    const int64_t packed_rows = (rows.unit() - 1) * s.stride_h + s.kernel_h;
+    return packed_rows * row_stride * static_cast<int64_t>(sizeof(float));
+  }
+
+  void run(const X* x, X* y, const X* residual, const X* weight, const float* bias,
+           const Worker& worker) const {
+    float* packed = reinterpret_cast<float*>(worker.scratch);
+    for (int64_t tile = worker.first(rows.size()); tile < worker.last(rows.size()); ++tile) {
+      const auto [image, row, count] = rows[tile];
+      pack(x + image * s.height * s.width * s.x_stride, row, count, packed);
+      for (int64_t block = 0; block < blocks;) {
+        const int64_t now = blocks - block >= kMostBlocks ? kMostBlocks : 1;
+        for (int64_t r = 0; r < count; ++r) {
+          const int64_t pixel = (image * s.out_height + row + r) * s.out_width;
+          run_row(now, block, packed + r * s.stride_h * row_stride, pixel, y, residual, weight,
+                  bias);
+        }
+        block += now;
+      }
+    }
+  }
+
+ private:
+  void pack(const X* x, int64_t row, int64_t count, float* to) const {
+    const int64_t many = (count - 1) * s.stride_h + s.kernel_h;
+    for (int64_t i = 0; i < many; ++i, to += row_stride) {
+      const int64_t from = row * s.stride_h - s.padding_h + i;
+      if (from < 0 || from >= s.height) {
+        std::memset(to, 0, row_stride * sizeof(float));
+        continue;
+      }
+      const X* line = x + from * s.width * s.x_stride;
+      for (int64_t j = 0; j < columns; ++j) {
+        const int64_t column = j - s.padding_w;
+        const bool inside = column >= 0 && column < s.width;
+        for (int64_t c = 0; c < s.channels; ++c)
+          to[j * s.channels + c] = inside ? number(line[column * s.x_stride + c]) : 0.f;
+      }
+    }
+  }
+
+  void run_row(int64_t count, int64_t block, const float* x, int64_t pixel, X* y,
+               const X* residual, const X* weight, const float* bias) const {
+    DenseTile<X> t;
+    t.pixel_step = s.stride_w * s.channels;
+    t.row_stride = row_stride;
+    t.rows = s.kernel_h;
+    t.row_length = s.kernel_w * s.channels;
+    t.weight = weight + block * block_size;
+    t.block_stride = block_size;
+    t.y_stride = s.y_stride;
+    t.residual_stride = s.residual_stride;
+    t.bias = bias == nullptr ? nullptr : bias + block * kLanes;
+    t.activation = s.activation;
+    t.lanes = static_cast<int>(
+        std::min<int64_t>(kLanes, s.out_channels - (block + count - 1) * kLanes));
+    const int64_t parts = ceil_div(s.out_width, kMostPixels);
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t begin = s.out_width * i / parts, width = s.out_width * (i + 1) / parts - begin;
+      t.x = x + begin * t.pixel_step;
+      t.y = y + (pixel + begin) * s.y_stride + block * kLanes;
+      t.residual = residual == nullptr
+                       ? nullptr
+                       : residual + (pixel + begin) * s.residual_stride + block * kLanes;
+      (count == 1 ? pick<1>(width) : pick<kMostBlocks>(width))(t);
+    }
+  }
+
+  template <int Blocks>
+  static DenseKernel<X> pick(int64_t pixels) {
+    return pick_pixels<Blocks>(pixels, std::make_integer_sequence<int, kMostPixels>());
+  }
+
+  template <int Blocks, int... PixelsLessOne>
+  static DenseKernel<X> pick_pixels(int64_t pixels, std::integer_sequence<int, PixelsLessOne...>) {
+    static constexpr DenseKernel<X> kTable[] = {dense_kernel<X, Blocks, PixelsLessOne + 1>...};
+    return kTable[pixels - 1];
+  }
+
+  const Step& s;
+  int64_t blocks, block_size, columns;
+  RowTiles rows;
+  int64_t row_stride;
+};
+
+}  // namespace spre

@@ -1,0 +1,165 @@
+// The C interface, for whichever vectors and element types were included before.
+#pragma once
+
+#include <algorithm>
+
+#include "dense_conv.h"
+#include "pointwise.h"
+#include "sparse_conv.h"
+#include "tiling.h"
+#include "window.h"
+
+namespace spre {
+
+template <class P>
+P* at(void* const* buffers, int64_t buffer, int64_t offset) {
+  return buffer < 0 ? nullptr : reinterpret_cast<P*>(static_cast<char*>(buffers[buffer]) + offset);
+}
+
+template <class X, class Sparse, class Wide>
+struct Runner {
+  static int64_t scratch(const Step& step, int64_t threads) {
+    const Step s = with_tile(step, threads);
+    switch (s.kind) {
+      case kSparseConv:
+        if (s.channel_group == Sparse::kGroup) return SparseConv<Sparse>(s).scratch_bytes();
+        return SparseConv<Wide>(s).scratch_bytes();
+      case kDenseConv:
+        return DenseConv<X>(s).scratch_bytes();
+      default:
+        return 0;
+    }
+  }
+
+  static void run(const Step& step, void* const* buffers, const Worker& worker) {
+    const Step s = with_tile(step, worker.threads);
+    const X* x = at<const X>(buffers, s.x, s.x_offset);
+    X* y = at<X>(buffers, s.y, s.y_offset);
+    const X* residual = at<const X>(buffers, s.residual, s.residual_offset);
+    const float* bias = at<const float>(buffers, s.bias, s.bias_offset);
+    const char* bytes = at<const char>(buffers, s.weight, s.weight_offset);
+    const X* weight = reinterpret_cast<const X*>(bytes);
+    switch (s.kind) {
+      case kSparseConv:
+        if (s.channel_group == Sparse::kGroup) {
+          return SparseConv<Sparse>(s).run(x, y, residual, bytes, bias, worker);
+        }
+        return SparseConv<Wide>(s).run(x, y, residual, bytes, bias, worker);
+      case kDenseConv:
+        return DenseConv<X>(s).run(x, y, residual, weight, bias, worker);
+      case kDepthwiseConv:
+        return WindowStep<DepthwiseWindow, X>(s).run(x, y, residual, weight, bias, worker);
+      case kMaxPool:
+        return WindowStep<MaxWindow, X>(s).run(x, y, residual, weight, bias, worker);
+      case kAveragePool:
+        return WindowStep<AverageWindow, X>(s).run(x, y, residual, weight, bias, worker);
+      case kAffine:
+        return run_affine<X>(s, x, y, residual, reinterpret_cast<const float*>(bytes), bias,
+                             worker);
+      case kCopy:
+        return run_copy<X>(s, x, y, worker);
+      default:
+        return;
+    }
+  }
+};
+
+using Float32Runner = Runner<float, Float32Traits, WideFloat32Traits>;
+#ifdef SPRE_HAS_BFLOAT16
+using BFloat16Runner = Runner<BFloat16, BFloat16Traits, BFloat16Traits>;
+#endif
+
+inline void run_step(const Step& s, void* const* buffers, const Worker& worker) {
+#ifdef SPRE_HAS_BFLOAT16
+  if (s.type == kBFloat16) return BFloat16Runner::run(s, buffers, worker);
+#endif
+  Float32Runner::run(s, buffers, worker);
+}
+
+inline int64_t step_scratch(const Step& s, int64_t threads) {
+#ifdef SPRE_HAS_BFLOAT16
+  if (s.type == kBFloat16) return BFloat16Runner::scratch(s, threads);
+#endif
+  return Float32Runner::scratch(s, threads);
+}
+
+// What one thread needs for any of the steps: a whole number of cache lines.
+inline int64_t thread_scratch(const Step* steps, int64_t count, int64_t threads) {
+  int64_t most = 0;
+  for (int64_t i = 0; i < count; ++i) most = std::max(most, step_scratch(steps[i], threads));
+  return round_up(most, kCacheLine) + kCacheLine;
+}
+
+struct Job {
+  const Step* steps;
+  int64_t count;
+  void* const* buffers;
+  char* scratch;
+  int64_t thread_scratch;
+  const OpenMP* openmp;
+  Barrier* barrier;
+};
+
+inline void work(const Job& job, int64_t thread, int64_t threads) {
+  const Worker worker{thread, threads, job.scratch + thread * job.thread_scratch};
+  for (int64_t i = 0; i < job.count; ++i) {
+    run_step(job.steps[i], job.buffers, worker);
+    if (i + 1 < job.count) job.barrier->wait(threads);
+  }
+}
+
+}  // namespace spre
+
+#define SPRE_EXPORT extern "C" __attribute__((visibility("default")))
+
+SPRE_EXPORT int64_t spre_version() { return 2; }
+
+SPRE_EXPORT const char* spre_isa() { return spre::kIsa; }
+
+SPRE_EXPORT int64_t spre_supports(const char* isa) {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_cpu_init();
+  if (std::strcmp(isa, "avx512") == 0)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (std::strcmp(isa, "avx512_bf16") == 0) return __builtin_cpu_supports("avx512bf16") != 0;
+  if (std::strcmp(isa, "avx2") == 0)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return std::strcmp(isa, "portable") == 0;
+}
+
+SPRE_EXPORT int64_t spre_takes(const spre::Step* step) {
+  const spre::Step& s = *step;
+#ifdef SPRE_HAS_BFLOAT16
+  const bool bfloat16 = s.type == spre::kBFloat16;
+#else
+  const bool bfloat16 = false;
+#endif
+  if (s.type != spre::kFloat32 && !bfloat16) return 0;
+  if (s.kind < spre::kSparseConv || s.kind > spre::kCopy) return 0;
+  if (s.kind == spre::kDenseConv) return s.groups == 1 && s.dilation_w == 1 && s.dilation_h == 1;
+  if (s.kind != spre::kSparseConv) return 1;
+  const bool one_tap = s.kernel_h * s.kernel_w == 1 && s.padding_h == 0 && s.padding_w == 0;
+  if (s.direct && !(one_tap && s.channels / s.groups % s.channel_group == 0)) return 0;
+  if (bfloat16) return s.channel_group == 32;
+  return s.channel_group == 16 || s.channel_group == 32;
+}
+
+SPRE_EXPORT int64_t spre_scratch(const spre::Step* steps, int64_t count, int64_t threads) {
+  return threads * spre::thread_scratch(steps, count, threads);
+}
+
+SPRE_EXPORT void spre_run(const spre::Step* steps, int64_t count, void* const* buffers,
+                          void* scratch, int64_t threads, const spre::OpenMP* openmp) {
+  spre::Barrier barrier;
+  spre::Job job{steps,  count,   buffers, static_cast<char*>(scratch),
+                spre::thread_scratch(steps, count, threads), openmp, &barrier};
+  if (openmp == nullptr || threads == 1) return spre::work(job, 0, 1);
+  const auto run = [](void* data) {
+    const spre::Job& shared = *static_cast<spre::Job*>(data);
+    const int64_t thread = shared.openmp->thread(), threads = shared.openmp->threads();
+    spre::work(shared, thread, threads);
+  };
+  openmp->parallel(run, &job, static_cast<unsigned>(threads), 0);
+}

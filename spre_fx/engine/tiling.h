@@ -1,0 +1,44 @@
+// How the work of a step is cut, where the caller did not say.
+#pragma once
+
+#include <algorithm>
+
+#include "types.h"
+
+namespace spre {
+
+// What a thread packs at once must stay in its L2 cache beside the weights that go over it.
+inline constexpr int64_t kPackedBytes = 256 << 10;
+
+inline bool one_tap(const Step& s) {
+  return s.kernel_h * s.kernel_w == 1 && s.padding_h == 0 && s.padding_w == 0;
+}
+
+// Sparse convs. A 1x1 conv reads each input once for each block of outputs: many blocks at few
+// pixels, read where they lie. A larger kernel reads each packed input once a tap, so more pixels
+// share a pass over the weights.
+inline Step with_tile(const Step& step, int64_t threads) {
+  Step s = step;
+  if (s.kind == kDenseConv && s.tile_rows == 0) s.tile_rows = 8;
+  if (s.kind != kSparseConv || s.tile_pixels != 0) return s;
+  const int64_t blocks = ceil_div(s.out_channels / s.groups, kLanes);
+  const int64_t widest = one_tap(s) ? 4 : 2;
+  s.tile_blocks = std::min(blocks, std::min<int64_t>(widest, kMaxBlocks));
+  if (s.tile_blocks == 3) s.tile_blocks = 4;
+  const bool flat = one_tap(s) && s.stride_h == 1 && s.stride_w == 1;
+  if (!flat && s.out_width % 7 == 0 && s.out_width < 14) s.tile_blocks = std::min<int64_t>(2, blocks);
+  const int64_t most = std::min<int64_t>(kMaxPixels, kReadOnceSums / s.tile_blocks);
+  s.tile_pixels = flat ? most : ceil_div(s.out_width, std::max<int64_t>(1, ceil_div(s.out_width, most)));
+  s.direct = one_tap(s) && s.channels / s.groups % s.channel_group == 0;
+
+  const int64_t rows = s.row_count == 0 ? s.batch * s.out_height : s.row_count;
+  const int64_t element = s.type == kFloat32 ? 4 : 2;
+  const int64_t row = std::max<int64_t>(1, s.width * round_up(s.channels, 16) * s.stride_h * element);
+  s.tile_rows = std::max<int64_t>(1, std::min(kPackedBytes / row, ceil_div(rows, threads)));
+  // Threads that can't be given equal rows are given outputs.
+  const int64_t tiles = ceil_div(rows, s.tile_rows);
+  s.split = threads > 1 && (tiles < 4 * threads && tiles % threads != 0) ? threads : 1;
+  return s;
+}
+
+}  // namespace spre
