@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
 from spre_fx import records
-from spre_fx.backends import Backend, Lowered, dense
+from spre_fx.backends import Backend, Lowered, dense, is_lowered
 from spre_fx.choice import Choice, Shape, Timings
 from spre_fx.passes.base import Account, Pass, Reason, Skip
 from spre_fx.passes.edit import replace_module
@@ -48,6 +49,8 @@ class Lower(Pass):
                     skipped[name] = found
                 else:
                     replace_module(graph_module, name, found)
+        if any(map(is_lowered, graph_module.modules())):
+            _allow_any_strides(graph_module)
         return Account(tuple(name for name in view.candidates if name not in skipped), skipped)
 
     def _lower(self, candidate: Candidate, timings: Timings) -> nn.Module | Skip:
@@ -75,6 +78,15 @@ class Lower(Pass):
         if ways and shapes:
             return timings.choose(layer, ways, shapes)
         return Choice(self.backend.rule(layer, pattern, ways, shapes[0] if shapes else None))
+
+
+def _allow_any_strides(graph_module: GraphModule) -> None:
+    """Turn views into reshapes: a lowered conv returns its output channels-last."""
+    for node in graph_module.graph.nodes:
+        is_view = (node.op, node.target) == ("call_method", "view")
+        arguments = (*node.args, *node.kwargs.values())
+        if is_view and not any(isinstance(each, torch.dtype) for each in arguments):
+            node.target = "reshape"
 
 
 def _refuse(view: GraphView, candidate: Candidate) -> Skip | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -56,11 +57,17 @@ def _restored(model: nn.Module) -> nn.Module:
         elif is_lowered(module):
             layer: Any = module
             dense[layer] = _dense(layer)
-    for module in [*model.modules(), *dense.values()]:
-        for name, child in module._modules.items():
-            if child in dense:
-                module._modules[name] = dense[child]
-    return dense.get(model, model)
+    return replace_everywhere(model, dense)
+
+
+def replace_everywhere(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Put other modules in the places of some, also inside those others; the model or its heir."""
+    for root in (model, *new.values()):
+        for module in list(root.modules()):
+            for name, child in module._modules.items():
+                if child is not None and child in new:
+                    module._modules[name] = new[child]
+    return new.get(model, model)
 
 
 def _dense(lowered: Any) -> nn.Module:

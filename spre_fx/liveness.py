@@ -30,8 +30,8 @@ class Lifetime:
 def assign_offsets(lifetimes: Sequence[Lifetime]) -> tuple[list[int], int]:
     """Offsets such that no two that meet overlap, and the bytes that all need together.
 
-    Greedy by size: the largest first, each into the smallest gap that holds it among those placed
-    before that it meets, or behind them.
+    Greedy by size: the largest first, each into the smallest gap that holds it, among those placed
+    that it meets, or behind them.
 
     Args:
         lifetimes: In any order.
@@ -59,7 +59,7 @@ def _aligned(size: int) -> int:
 
 
 def _best_fit(taken: list[tuple[int, int]], size: int) -> int:
-    """The start of the smallest gap of at least `size` bytes; the end of all where there is none."""
+    """The start of the smallest gap of `size` bytes or more; where there is none, the end."""
     end, gaps = 0, []
     for start, stop in taken:
         if start - end >= size:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from spre_fx import engine
-from spre_fx.backends import Backend, DenseBackend
+from spre_fx.backends import Backend, DenseBackend, is_lowered
 from spre_fx.checks import is_prepared
 from spre_fx.choice import Shape, Timings
 from spre_fx.cpu_backend import CPUBackend
@@ -21,6 +21,7 @@ from spre_fx.dense_form import to_dense
 from spre_fx.errors import ModelError, OptionError
 from spre_fx.modules import Layer
 from spre_fx.passes.pipeline import lowering_pipeline
+from spre_fx.passes.planned_graph import planned
 from spre_fx.passes.regions import assemble, find_regions, is_divided
 
 BackendName: TypeAlias = Literal["auto", "cpu", "cuda", "dense"]
@@ -91,7 +92,10 @@ def lower_in_place(
     for region in reversed(regions):  # inner ones first, as in finalize
         passes.run_in_place(region.graph_module)
     timings.save()
-    return assemble(model, regions).eval()
+    lowered = assemble(model, regions).eval()
+    if any(map(is_lowered, lowered.modules())):
+        lowered = lowered.requires_grad_(False)
+    return planned(lowered)
 
 
 def check_backend(name: str) -> None:

@@ -12,7 +12,8 @@ _LANES = 16
 def dense_conv_weight(weight: Tensor) -> Tensor:
     """`(C_out, C_in, kH, kW)` to `(ceil(C_out / 16), kH, kW, C_in, 16)`, with zeros."""
     weight = F.pad(weight.detach(), (0, 0, 0, 0, 0, 0, 0, -len(weight) % _LANES))
-    return weight.unflatten(0, (-1, _LANES)).permute(0, 3, 4, 2, 1).contiguous()
+    blocks: Tensor = weight.unflatten(0, (-1, _LANES))
+    return blocks.permute(0, 3, 4, 2, 1).contiguous()
 
 
 def depthwise_weight(weight: Tensor) -> Tensor:
