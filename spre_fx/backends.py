@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeGuard, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from spre_fx.modules import Layer
 from spre_fx.patterns import Pattern
@@ -32,6 +32,15 @@ class LoweredLayer(Protocol):
 
     def to_dense(self) -> Layer:
         """The ordinary torch layer with the same weights, without the activation."""
+        ...
+
+
+@runtime_checkable
+class Tunable(Protocol):
+    """A module that can fit what its library leaves open, such as an algorithm, to its input."""
+
+    def tune(self, x: Tensor) -> None:
+        """Choose for inputs like x, on their device."""
         ...
 
 

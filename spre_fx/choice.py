@@ -2,7 +2,8 @@
 
 Times depend on the machine, the versions of torch and of the kernels, the layer's settings and its
 input's shape. All of these are the key under which times are kept, in memory and in a file, so that
-layers of equal settings are measured once. The file lies in the user's cache directory
+layers of equal settings are measured once. On a CUDA device times are `cuda_timing`'s, and the
+dense layer also runs as `torch.compile` compiles it. The file lies in the user's cache directory
 (`$XDG_CACHE_HOME/spre_fx`, or `~/.cache/spre_fx`); the environment variable `SPRE_FX_CACHE` names
 another directory, or says "off".
 """
@@ -23,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spre_fx import cuda_timing
 from spre_fx.atomic_write import write_atomically
-from spre_fx.backends import Lowered, dense
+from spre_fx.backends import Lowered, Tunable, dense
 from spre_fx.modules import SPARSIFIABLE
 
 Shape = tuple[int, ...]
@@ -86,6 +88,8 @@ class Timings:
         chosen_ms, way = sparse[fastest], ways[fastest]
         where = " and ".join("x".join(map(str, shape)) for shape in dict.fromkeys(shapes))
         if chosen_ms < dense_ms:
+            if isinstance(way.module, Tunable):
+                way.module.tune(_inputs(layer, shapes[0])[1])
             ratio = dense_ms / chosen_ms
             why = f"{way.why}: {ratio:.2f} times as fast as dense, on {where}"
             return Choice(Lowered(way.module, way.kind, why), dense_ms, chosen_ms)
@@ -157,19 +161,33 @@ def _key(layer: nn.Module, ways: Sequence[Lowered], shape: Shape) -> str:
 
 @torch.inference_mode()
 def _measure(layer: nn.Module, ways: Sequence[Lowered], shape: Shape) -> tuple[float, ...]:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    x = torch.randn(shape, device=weight.device, dtype=weight.dtype)
-    images = x.ndim == 4
-    last = x.contiguous(memory_format=torch.channels_last) if images else x
-    runs = [_call(way.module, last) for way in ways]
+    x, last = _inputs(layer, shape)
+    for way in ways:
+        if isinstance(way.module, Tunable):
+            way.module.tune(last)
     baseline: Any = copy.deepcopy(layer)
-    if images:  # dense in the faster of the two memory formats
+    runs = [_call(way.module, last) for way in ways]
+    if last is not x:  # dense in the faster of the two memory formats
         runs.append(_call(copy.deepcopy(baseline).to(memory_format=torch.channels_last), last))
         baseline = baseline.to(memory_format=torch.contiguous_format)
     runs.append(_call(baseline, x))
-    times = medians(runs, x.device)
+    times = _on_cuda(runs, layer, last) if x.is_cuda else medians(runs, x.device)
     return (min(times[len(ways) :]), *times[: len(ways)])
+
+
+def _on_cuda(runs: list[Callable[[], object]], layer: nn.Module, x: Tensor) -> list[float]:
+    """The times of the runs, and of the layer compiled."""
+    with cuda_timing.fastest_convolutions():
+        run = cuda_timing.compiled(copy.deepcopy(layer).to(memory_format=torch.channels_last), x)
+        return cuda_timing.medians(runs if run is None else [*runs, run])
+
+
+def _inputs(layer: nn.Module, shape: Shape) -> tuple[Tensor, Tensor]:
+    """A random input, and the same in channels_last where it is one of images."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    x = torch.randn(shape, device=weight.device, dtype=weight.dtype)
+    return x, x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 def _call(module: nn.Module, x: Tensor) -> Callable[[], object]:

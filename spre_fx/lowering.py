@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,6 +16,7 @@ from spre_fx.backends import Backend, DenseBackend, is_lowered
 from spre_fx.checks import is_prepared
 from spre_fx.choice import Shape, Timings
 from spre_fx.cpu_backend import CPUBackend
+from spre_fx.cuda_backend import CUDABackend
 from spre_fx.dense_form import to_dense
 from spre_fx.errors import ModelError, OptionError
 from spre_fx.modules import Layer
@@ -119,7 +118,7 @@ def choose_backend(model: nn.Module, name: str, *, stacklevel: int) -> Backend:
     device = next((p.device for p in model.parameters()), torch.device("cpu")).type
     if name == "auto":
         name = {"cpu": "cpu", "cuda": "cuda"}.get(device, "dense")
-        if (name == "cpu" and engine.load() is None) or (name == "cuda" and not _has_cuda()):
+        if name == "cpu" and engine.load() is None:
             name = "dense"
     elif name not in ("dense", device):
         raise OptionError(
@@ -127,22 +126,11 @@ def choose_backend(model: nn.Module, name: str, *, stacklevel: int) -> Backend:
             "there first, or leave the choice to backend='auto'."
         )
     if name == "cuda":
-        return _cuda_backend()
+        return CUDABackend()
     if name == "cpu" and engine.load() is None:
         warnings.warn(f"backend='cpu': {engine.why_not()}", stacklevel=stacklevel)
         return DenseBackend(f"runs as an ordinary dense layer: {engine.why_not()}")
     return CPUBackend() if name == "cpu" else DenseBackend()
-
-
-def _has_cuda() -> bool:
-    return importlib.util.find_spec("spre_fx.cuda_backend") is not None
-
-
-def _cuda_backend() -> Backend:
-    if not _has_cuda():
-        raise OptionError("backend='cuda': expected sparse CUDA kernels, found none in this build.")
-    backend: Backend = importlib.import_module("spre_fx.cuda_backend").CUDABackend()
-    return backend
 
 
 @torch.no_grad()

@@ -171,10 +171,14 @@ def pack_dense(weight: Tensor) -> Tensor:
         weight: `(C_out, C_in, kH, kW)`.
 
     Returns:
-        `(ceil(C_out / 16), kH, kW, C_in, 16)`, in the type of the weight.
+        `(ceil(C_out / 16), kH, ceil(kW * C_in / pairs), 16, pairs)`, in the type of the weight;
+        pairs is 1 for float32, and 2 for bfloat16, whose numbers are multiplied two at a time.
     """
-    blocks: Tensor = _pad_to(weight.detach(), 0, BLOCK).unflatten(0, (-1, BLOCK))
-    return blocks.permute(0, 3, 4, 2, 1).contiguous()
+    pairs = 2 if weight.dtype == torch.bfloat16 else 1
+    blocks = _pad_to(weight.detach(), 0, BLOCK).unflatten(0, (-1, BLOCK))
+    rows = _pad_to(blocks.permute(0, 3, 1, 4, 2).flatten(3), 3, pairs)
+    packed: Tensor = rows.unflatten(3, (-1, pairs)).transpose(2, 3)
+    return packed.contiguous()
 
 
 def pack_depthwise(weight: Tensor) -> Tensor:

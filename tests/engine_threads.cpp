@@ -51,12 +51,13 @@ Step step(int64_t kind, int64_t x, int64_t y, int64_t weight) {
 
 // One run of a program of all kinds: buffers 0 and 1 are activations, 2 to 4 weights.
 std::vector<float> run(int64_t threads, unsigned seed) {
-  using Line = struct alignas(64) { float numbers[16]; };
+  using Line = struct alignas(64) {
+    float numbers[16];
+  };
   const auto lines = [](int64_t numbers) { return std::vector<Line>(numbers / 16 + 1); };
-  std::vector<std::vector<Line>> memory = {lines(kNumbers), lines(kNumbers),
-                                           lines(kChannels * kChannels / 16 * kTaps * kSlots * 2),
-                                           lines(kTaps * kChannels * kChannels),
-                                           lines(kTaps * kChannels)};
+  std::vector<std::vector<Line>> memory = {
+      lines(kNumbers), lines(kNumbers), lines(kChannels * kChannels / 16 * kTaps * kSlots * 2),
+      lines(kTaps * kChannels * kChannels), lines(kTaps * kChannels)};
   std::vector<void*> buffers;
   for (auto& each : memory) {
     for (Line& line : each)
@@ -71,12 +72,13 @@ std::vector<float> run(int64_t threads, unsigned seed) {
       std::memcpy(&x, &channel, sizeof(x));
     }
   std::vector<Step> steps = {
-      step(spre::kSparseConv, 0, 1, 2),    step(spre::kDepthwiseConv, 1, 0, 4),
-      step(spre::kMaxPool, 0, 1, -1),      step(spre::kDenseConv, 1, 0, 3),
-      step(spre::kAveragePool, 0, 1, -1),  step(spre::kAffine, 1, 0, -1),
-      step(spre::kSparseConv, 0, 1, 2),    step(spre::kCopy, 1, 0, -1),
+      step(spre::kSparseConv, 0, 1, 2),   step(spre::kDepthwiseConv, 1, 0, 4),
+      step(spre::kMaxPool, 0, 1, -1),     step(spre::kDenseConv, 1, 0, 3),
+      step(spre::kAveragePool, 0, 1, -1), step(spre::kAffine, 1, 0, -1),
+      step(spre::kSparseConv, 0, 1, 2),   step(spre::kCopy, 1, 0, -1),
   };
-  for (size_t i : {5u, 7u}) steps[i].kernel_h = steps[i].kernel_w = 1, steps[i].padding_h = steps[i].padding_w = 0;
+  for (size_t i : {5u, 7u})
+    steps[i].kernel_h = steps[i].kernel_w = 1, steps[i].padding_h = steps[i].padding_w = 0;
   steps[6].residual = 1;  // in place
   const auto size = static_cast<int64_t>(steps.size());
   for (const Step& s : steps)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from spre_fx import choice, cuda_timing
 from spre_fx.backends import Lowered
 from spre_fx.choice import Timings, cache_directory, medians
 
@@ -144,3 +145,39 @@ def test_medians_are_not_moved_by_a_hiccup() -> None:
     slow, fast = medians([hiccup, lambda: time.sleep(0.0005)], torch.device("cpu"))
     assert 2 <= slow < 10
     assert 0.5 <= fast < 2
+
+
+class Tuned(Counting):
+    """Remembers the inputs it was tuned for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.shapes
+        return x
+
+    def tune(self, x: Tensor) -> None:
+        self.shapes.append(tuple(x.shape))
+
+
+def test_what_can_be_tuned_is_before_it_is_measured_and_when_chosen() -> None:
+    timings = Timings("machine")
+    conv = nn.Conv2d(8, 8, 3).double()
+    first, second = Tuned(), Tuned()
+    assert timings.choose(conv, [Lowered(first, "toy", "")], [SHAPE]).lowered.module is first
+    assert timings.choose(conv, [Lowered(second, "toy", "")], [SHAPE]).lowered.module is second
+    assert set(first.shapes) == set(second.shapes) == {SHAPE}  # though the second is not measured
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_on_cuda_the_compiled_layer_is_a_dense_peer(
+    compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = nn.Conv2d(8, 8, 3), torch.randn(SHAPE)
+    run = (lambda: "compiled") if compiles else None
+    monkeypatch.setattr(cuda_timing, "compiled", lambda layer, x: run)
+    monkeypatch.setattr(cuda_timing, "medians", lambda runs: [each() for each in runs])
+    found = choice._on_cuda([lambda: "sparse", lambda: "eager"], layer, x)
+    assert found == ["sparse", "eager", *["compiled"] * compiles]

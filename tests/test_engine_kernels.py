@@ -52,6 +52,16 @@ def test_what_is_not_finite_passes_through_as_in_torch(each_engine, kind):
         case.run(each_engine, 1)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_batch_writes_nothing(each_engine, kind, threads):
+    for seed in range(6):
+        case = KINDS[kind](Draw(seed, torch.float32))
+        case.step.batch = 0
+        case.expected = case.y.values.double()
+        case.run(each_engine, threads)
+
+
 @pytest.mark.parametrize("x", ["inf", "-inf", "nan", "500", "-500", "-88", "-3", "0"])
 @pytest.mark.parametrize("activation", [Activation.SILU, Activation.HARDSWISH, Activation.RELU6])
 def test_activations_at_the_ends_of_their_range(each_engine, activation, x):

@@ -167,13 +167,17 @@ def test_a_packed_tensor_of_another_weight_is_refused():
         unpack(packed, (32, 32, 3, 3))
 
 
-def test_dense_weights():
-    weight = torch.randn(20, 3, 5, 4)
+@pytest.mark.parametrize(("dtype", "pairs"), [(torch.float32, 1), (torch.bfloat16, 2)])
+def test_dense_weights(dtype, pairs):
+    weight = torch.randn(20, 3, 5, 3, dtype=dtype)
     packed = pack_dense(weight)
-    assert packed.shape == (2, 5, 4, 3, 16)
-    for output, channel, u, v in [(0, 0, 0, 0), (17, 2, 4, 3), (19, 1, 2, 0), (15, 2, 0, 1)]:
-        assert packed[output // 16, u, v, channel, output % 16] == weight[output, channel, u, v]
-    assert packed[1, ..., 4:].count_nonzero() == 0
+    assert packed.shape == (2, 5, 9 if pairs == 1 else 5, 16, pairs)
+    for output, channel, u, v in [(0, 0, 0, 0), (17, 2, 4, 2), (19, 1, 2, 0), (15, 2, 0, 1)]:
+        number, pair = divmod(v * 3 + channel, pairs)
+        found = packed[output // 16, u, number, output % 16, pair]
+        assert found == weight[output, channel, u, v]
+    assert packed[1, :, :, 4:].count_nonzero() == 0
+    assert packed.count_nonzero() == weight.count_nonzero()
 
 
 def test_depthwise_weights():

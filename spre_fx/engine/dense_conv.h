@@ -1,6 +1,6 @@
 // Dense convolution for few input channels, the stem of a network: too few for a pattern, and too
-// few to fill a vector. A row of the kernel is kernel_w * channels consecutive numbers of the image;
-// each of them is broadcast and multiplied with the weights of 16 outputs.
+// few to fill a vector. A row of the kernel is kernel_w * channels consecutive numbers of the
+// image; each of them is broadcast and multiplied with the weights of 16 outputs.
 #pragma once
 
 #include <algorithm>
@@ -11,9 +11,21 @@
 
 namespace spre {
 
+// One number at a time, whatever vectors there are.
+struct Float32Numbers {
+  using Element = float;
+  using Weights = Floats;
+  static constexpr int64_t kNumbers = 1;
+  SPRE_INLINE Weights weights(const float* p) { return load(p); }
+  SPRE_INLINE Floats dot(Floats sum, const float* x, Weights w) {
+    return fma(broadcast(*x), w, sum);
+  }
+  SPRE_INLINE Floats dot_rest(Floats sum, const float*, Weights) { return sum; }
+};
+
 template <class X>
 struct DenseTile {
-  const float* x;      // packed: the first pixel
+  const X* x;          // packed: the first pixel
   int64_t pixel_step;  // stride_w * channels
   int64_t row_stride;
   int64_t rows, row_length;  // of the kernel: kernel_h and kernel_w * channels
@@ -28,52 +40,66 @@ struct DenseTile {
   int lanes;
 };
 
-template <class X>
-using DenseKernel = void (*)(const DenseTile<X>&);
+template <class Numbers>
+using DenseKernel = void (*)(const DenseTile<typename Numbers::Element>&);
 
-template <class X, int Blocks, int Pixels>
-__attribute__((noinline)) void dense_kernel(const DenseTile<X>& tile) {
+template <class Numbers, int Blocks, int Pixels>
+__attribute__((noinline)) void dense_kernel(const DenseTile<typename Numbers::Element>& tile) {
+  using X = typename Numbers::Element;
+  constexpr int64_t kOnce = Numbers::kNumbers;
   Floats sums[Blocks][Pixels];
-  SPRE_UNROLL for (int b = 0; b < Blocks; ++b)
-    SPRE_UNROLL for (int p = 0; p < Pixels; ++p) sums[b][p] = zeros();
+  UNROLLED_FOR (int b = 0; b < Blocks; ++b)
+    UNROLLED_FOR (int p = 0; p < Pixels; ++p) sums[b][p] = zeros();
   const X* weight = tile.weight;
   const int64_t step = tile.pixel_step;
   for (int64_t u = 0; u < tile.rows; ++u) {
-    const float* x = tile.x + u * tile.row_stride;
-    SPRE_NO_UNROLL for (int64_t k = 0; k < tile.row_length; ++k, ++x, weight += kLanes) {
-      Floats weights[Blocks];
-      SPRE_UNROLL for (int b = 0; b < Blocks; ++b) weights[b] = load(weight + b * tile.block_stride);
-      SPRE_UNROLL for (int p = 0; p < Pixels; ++p) {
-        const Floats one = broadcast(x[p * step]);
-        SPRE_UNROLL for (int b = 0; b < Blocks; ++b) sums[b][p] = fma(one, weights[b], sums[b][p]);
+    const X* x = tile.x + u * tile.row_stride;
+    ROLLED_FOR (int64_t k = kOnce; k <= tile.row_length; k += kOnce) {
+      typename Numbers::Weights weights[Blocks];
+      UNROLLED_FOR (int b = 0; b < Blocks; ++b)
+        weights[b] = Numbers::weights(weight + b * tile.block_stride);
+      UNROLLED_FOR (int p = 0; p < Pixels; ++p)
+        UNROLLED_FOR (int b = 0; b < Blocks; ++b)
+          sums[b][p] = Numbers::dot(sums[b][p], x + p * step, weights[b]);
+      x += kOnce;
+      weight += kOnce * kLanes;
+    }
+    if (tile.row_length % kOnce != 0) {
+      UNROLLED_FOR (int b = 0; b < Blocks; ++b) {
+        const auto weights = Numbers::weights(weight + b * tile.block_stride);
+        UNROLLED_FOR (int p = 0; p < Pixels; ++p)
+          sums[b][p] = Numbers::dot_rest(sums[b][p], x + p * step, weights);
       }
+      weight += kOnce * kLanes;
     }
   }
   finish<X, Blocks, Pixels>(sums, tile.y, tile.y_stride, tile.residual, tile.residual_stride,
                             tile.bias, tile.activation, tile.lanes);
 }
 
-template <class X>
+template <class Numbers>
 struct DenseConv {
+  using X = typename Numbers::Element;
   static constexpr int64_t kMostBlocks = kRegisters >= 32 ? 4 : 1;
   static constexpr int64_t kMostPixels = kRegisters >= 32 ? 6 : 4;
 
   explicit DenseConv(const Step& step)
       : s(step),
         blocks(ceil_div(step.out_channels, kLanes)),
-        block_size(step.kernel_h * step.kernel_w * step.channels * kLanes),
+        block_size(step.kernel_h * round_up(step.kernel_w * step.channels, Numbers::kNumbers) *
+                   kLanes),
         columns((step.out_width - 1) * step.stride_w + step.kernel_w),
         rows(step, step.tile_rows),
         row_stride(columns * step.channels) {}
 
   int64_t scratch_bytes() const {
     const int64_t packed_rows = (rows.unit() - 1) * s.stride_h + s.kernel_h;
-    return packed_rows * row_stride * static_cast<int64_t>(sizeof(float));
+    return packed_rows * row_stride * static_cast<int64_t>(sizeof(X));
   }
 
   void run(const X* x, X* y, const X* residual, const X* weight, const float* bias,
            const Worker& worker) const {
-    float* packed = reinterpret_cast<float*>(worker.scratch);
+    X* packed = reinterpret_cast<X*>(worker.scratch);
     for (int64_t tile = worker.first(rows.size()); tile < worker.last(rows.size()); ++tile) {
       const auto [image, row, count] = rows[tile];
       pack(x + image * s.height * s.width * s.x_stride, row, count, packed);
@@ -90,12 +116,12 @@ struct DenseConv {
   }
 
  private:
-  void pack(const X* x, int64_t row, int64_t count, float* to) const {
+  void pack(const X* x, int64_t row, int64_t count, X* to) const {
     const int64_t many = (count - 1) * s.stride_h + s.kernel_h;
     for (int64_t i = 0; i < many; ++i, to += row_stride) {
       const int64_t from = row * s.stride_h - s.padding_h + i;
       if (from < 0 || from >= s.height) {
-        std::memset(to, 0, row_stride * sizeof(float));
+        std::memset(to, 0, row_stride * sizeof(X));
         continue;
       }
       const X* line = x + from * s.width * s.x_stride;
@@ -103,13 +129,13 @@ struct DenseConv {
         const int64_t column = j - s.padding_w;
         const bool inside = column >= 0 && column < s.width;
         for (int64_t c = 0; c < s.channels; ++c)
-          to[j * s.channels + c] = inside ? number(line[column * s.x_stride + c]) : 0.f;
+          to[j * s.channels + c] = inside ? line[column * s.x_stride + c] : X{};
       }
     }
   }
 
-  void run_row(int64_t count, int64_t block, const float* x, int64_t pixel, X* y,
-               const X* residual, const X* weight, const float* bias) const {
+  void run_row(int64_t count, int64_t block, const X* x, int64_t pixel, X* y, const X* residual,
+               const X* weight, const float* bias) const {
     DenseTile<X> t;
     t.pixel_step = s.stride_w * s.channels;
     t.row_stride = row_stride;
@@ -121,8 +147,8 @@ struct DenseConv {
     t.residual_stride = s.residual_stride;
     t.bias = bias == nullptr ? nullptr : bias + block * kLanes;
     t.activation = s.activation;
-    t.lanes = static_cast<int>(
-        std::min<int64_t>(kLanes, s.out_channels - (block + count - 1) * kLanes));
+    t.lanes =
+        static_cast<int>(std::min<int64_t>(kLanes, s.out_channels - (block + count - 1) * kLanes));
     const int64_t parts = ceil_div(s.out_width, kMostPixels);
     for (int64_t i = 0; i < parts; ++i) {
       const int64_t begin = s.out_width * i / parts, width = s.out_width * (i + 1) / parts - begin;
@@ -136,13 +162,15 @@ struct DenseConv {
   }
 
   template <int Blocks>
-  static DenseKernel<X> pick(int64_t pixels) {
+  static DenseKernel<Numbers> pick(int64_t pixels) {
     return pick_pixels<Blocks>(pixels, std::make_integer_sequence<int, kMostPixels>());
   }
 
   template <int Blocks, int... PixelsLessOne>
-  static DenseKernel<X> pick_pixels(int64_t pixels, std::integer_sequence<int, PixelsLessOne...>) {
-    static constexpr DenseKernel<X> kTable[] = {dense_kernel<X, Blocks, PixelsLessOne + 1>...};
+  static DenseKernel<Numbers> pick_pixels(int64_t pixels,
+                                          std::integer_sequence<int, PixelsLessOne...>) {
+    static constexpr DenseKernel<Numbers> kTable[] = {
+        dense_kernel<Numbers, Blocks, PixelsLessOne + 1>...};
     return kTable[pixels - 1];
   }
 

@@ -41,7 +41,8 @@ enum Type : int64_t { kFloat32 = 0, kBFloat16 = 1 };
 // channel_group 16, an even number of slots) those of channels 0 to 7 lie in the first half of the
 // slots and those of channels 8 to 15 in the second, as they can for any pattern with M <= 8:
 // shorter registers then need one permute instead of two.
-// Weights of kDenseConv: float32 or bfloat16 [ceil(O / 16)][kernel_h][kernel_w][C][16].
+// Weights of kDenseConv: float32 [ceil(O / 16)][kernel_h][kernel_w * C][16], or bfloat16
+// [ceil(O / 16)][kernel_h][ceil(kernel_w * C / 2)][16][2], a lone last number beside a zero.
 // Weights of kDepthwiseConv: [kernel_h * kernel_w][ceil(C / 16) * 16]; of kAffine: the scale, [C],
 // always float32.
 // Bias is always float32, padded with zeros to a multiple of 16 outputs (per group).
@@ -53,7 +54,7 @@ struct Step {
   int64_t residual, residual_offset, residual_stride;
   int64_t weight, weight_offset;
   int64_t bias, bias_offset;
-  int64_t batch, height, width, channels;      // of x, all groups together
+  int64_t batch, height, width, channels;       // of x, all groups together
   int64_t out_height, out_width, out_channels;  // of y
   int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   int64_t groups;

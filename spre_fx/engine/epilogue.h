@@ -29,18 +29,17 @@ SPRE_INLINE Floats activate(Floats x, int64_t activation) {
 // Stores `Pixels` x `Blocks` sums. `lanes` is how many outputs of the last block there are.
 template <class X, int Blocks, int Pixels>
 SPRE_INLINE void finish(Floats (&sums)[Blocks][Pixels], X* y, int64_t y_stride, const X* residual,
-                        int64_t residual_stride, const float* bias, int64_t activation,
-                        int lanes) {
+                        int64_t residual_stride, const float* bias, int64_t activation, int lanes) {
   if (bias != nullptr) {
-    SPRE_UNROLL for (int b = 0; b < Blocks; ++b) {
+    UNROLLED_FOR (int b = 0; b < Blocks; ++b) {
       const Floats add_to_all = load(bias + b * kLanes);
-      SPRE_UNROLL for (int p = 0; p < Pixels; ++p) sums[b][p] = add(sums[b][p], add_to_all);
+      UNROLLED_FOR (int p = 0; p < Pixels; ++p) sums[b][p] = add(sums[b][p], add_to_all);
     }
   }
   if (residual != nullptr) {
-    SPRE_UNROLL for (int p = 0; p < Pixels; ++p) {
+    UNROLLED_FOR (int p = 0; p < Pixels; ++p) {
       const X* from = residual + p * residual_stride;
-      SPRE_UNROLL for (int b = 0; b < Blocks; ++b) {
+      UNROLLED_FOR (int b = 0; b < Blocks; ++b) {
         const bool whole = b < Blocks - 1 || lanes == kLanes;
         const Floats more = whole ? load(from + b * kLanes) : load(from + b * kLanes, lanes);
         sums[b][p] = add(sums[b][p], more);
@@ -48,19 +47,19 @@ SPRE_INLINE void finish(Floats (&sums)[Blocks][Pixels], X* y, int64_t y_stride, 
     }
   }
   if (activation == kRelu) {
-    SPRE_UNROLL for (int b = 0; b < Blocks; ++b)
-      SPRE_UNROLL for (int p = 0; p < Pixels; ++p) sums[b][p] = max(zeros(), sums[b][p]);
+    UNROLLED_FOR (int b = 0; b < Blocks; ++b)
+      UNROLLED_FOR (int p = 0; p < Pixels; ++p) sums[b][p] = max(zeros(), sums[b][p]);
   } else if (activation != kIdentity) {
     Floats memory[Blocks * Pixels];  // indexed in a loop, which would keep `sums` from registers
-    SPRE_UNROLL for (int b = 0; b < Blocks; ++b)
-      SPRE_UNROLL for (int p = 0; p < Pixels; ++p) memory[b * Pixels + p] = sums[b][p];
+    UNROLLED_FOR (int b = 0; b < Blocks; ++b)
+      UNROLLED_FOR (int p = 0; p < Pixels; ++p) memory[b * Pixels + p] = sums[b][p];
     for (Floats& each : memory) each = activate(each, activation);
-    SPRE_UNROLL for (int b = 0; b < Blocks; ++b)
-      SPRE_UNROLL for (int p = 0; p < Pixels; ++p) sums[b][p] = memory[b * Pixels + p];
+    UNROLLED_FOR (int b = 0; b < Blocks; ++b)
+      UNROLLED_FOR (int p = 0; p < Pixels; ++p) sums[b][p] = memory[b * Pixels + p];
   }
-  SPRE_UNROLL for (int p = 0; p < Pixels; ++p) {
+  UNROLLED_FOR (int p = 0; p < Pixels; ++p) {
     X* to = y + p * y_stride;
-    SPRE_UNROLL for (int b = 0; b < Blocks; ++b) {
+    UNROLLED_FOR (int b = 0; b < Blocks; ++b) {
       if (b < Blocks - 1 || lanes == kLanes) {
         store(to + b * kLanes, sums[b][p]);
       } else {

@@ -16,8 +16,10 @@ P* at(void* const* buffers, int64_t buffer, int64_t offset) {
   return buffer < 0 ? nullptr : reinterpret_cast<P*>(static_cast<char*>(buffers[buffer]) + offset);
 }
 
-template <class X, class Sparse, class Halved, class Wide>
+template <class Sparse, class Halved, class Wide, class Dense>
 struct Runner {
+  using X = typename Sparse::Element;
+
   // `then(traits)`, those that read the weights of a sparse conv.
   template <class Then>
   static auto with_traits(const Step& s, Then then) {
@@ -29,11 +31,10 @@ struct Runner {
     const Step s = with_tile(step, threads);
     switch (s.kind) {
       case kSparseConv:
-        return with_traits(s, [&](auto traits) {
-          return SparseConv<decltype(traits)>(s).scratch_bytes();
-        });
+        return with_traits(
+            s, [&](auto traits) { return SparseConv<decltype(traits)>(s).scratch_bytes(); });
       case kDenseConv:
-        return DenseConv<X>(s).scratch_bytes();
+        return DenseConv<Dense>(s).scratch_bytes();
       default:
         return 0;
     }
@@ -53,7 +54,7 @@ struct Runner {
           SparseConv<decltype(traits)>(s).run(x, y, residual, bytes, bias, worker);
         });
       case kDenseConv:
-        return DenseConv<X>(s).run(x, y, residual, weight, bias, worker);
+        return DenseConv<Dense>(s).run(x, y, residual, weight, bias, worker);
       case kDepthwiseConv:
         return WindowStep<DepthwiseWindow, X>(s).run(x, y, residual, weight, bias, worker);
       case kMaxPool:
@@ -71,9 +72,9 @@ struct Runner {
   }
 };
 
-using Float32Runner = Runner<float, Float32Traits, HalvedFloat32Traits, WideFloat32Traits>;
+using Float32Runner = Runner<Float32Traits, HalvedFloat32Traits, WideFloat32Traits, Float32Numbers>;
 #ifdef SPRE_HAS_BFLOAT16
-using BFloat16Runner = Runner<BFloat16, BFloat16Traits, BFloat16Traits, BFloat16Traits>;
+using BFloat16Runner = Runner<BFloat16Traits, BFloat16Traits, BFloat16Traits, BFloat16Numbers>;
 #endif
 
 inline void run_step(const Step& s, void* const* buffers, const Worker& worker) {
@@ -130,8 +131,7 @@ SPRE_EXPORT int64_t spre_supports(const char* isa) {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (std::strcmp(isa, "avx512") == 0) return avx512;
-  if (std::strcmp(isa, "avx512_bf16") == 0)
-    return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (std::strcmp(isa, "avx512_bf16") == 0) return avx512 && __builtin_cpu_supports("avx512bf16");
   if (std::strcmp(isa, "avx2") == 0)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
@@ -163,8 +163,14 @@ SPRE_EXPORT int64_t spre_scratch(const spre::Step* steps, int64_t count, int64_t
 SPRE_EXPORT void spre_run(const spre::Step* steps, int64_t count, void* const* buffers,
                           void* scratch, int64_t threads, const spre::OpenMP* openmp) {
   spre::Barrier barrier;
-  spre::Job job{steps,  count,   buffers, static_cast<char*>(scratch),
-                spre::thread_scratch(steps, count, threads), threads, openmp, &barrier};
+  spre::Job job{steps,
+                count,
+                buffers,
+                static_cast<char*>(scratch),
+                spre::thread_scratch(steps, count, threads),
+                threads,
+                openmp,
+                &barrier};
   if (openmp == nullptr || threads == 1) return spre::work(job, 0, 1);
   const auto run = [](void* data) {
     const spre::Job& shared = *static_cast<spre::Job*>(data);

@@ -15,9 +15,9 @@ namespace spre {
 // What a kernel needs to compute `Blocks` x 16 outputs at `Pixels` pixels.
 template <class X>
 struct SparseTile {
-  const X* x;             // first pixel, first channel group, first tap
-  int64_t pixel_stride;   // of x, where it is not packed
-  int64_t group_stride;   // from channel group to channel group
+  const X* x;            // first pixel, first channel group, first tap
+  int64_t pixel_stride;  // of x, where it is not packed
+  int64_t group_stride;  // from channel group to channel group
   int64_t channel_groups;
   const int64_t* tap_offsets;
   int64_t taps;
@@ -45,17 +45,17 @@ __attribute__((noinline)) void sparse_kernel(const SparseTile<typename Traits::E
   // Where weights and indices of all blocks fit in registers beside the sums, x is read once.
   constexpr bool kReadOnce = Blocks * Pixels + 2 * Blocks + 2 <= kRegisters;
   Floats sums[Blocks][Pixels];
-  SPRE_UNROLL for (int b = 0; b < Blocks; ++b)
-    SPRE_UNROLL for (int p = 0; p < Pixels; ++p) sums[b][p] = zeros();
+  UNROLLED_FOR (int b = 0; b < Blocks; ++b)
+    UNROLLED_FOR (int p = 0; p < Pixels; ++p) sums[b][p] = zeros();
 
   const int64_t pixel = Direct ? tile.pixel_stride : Traits::kGroup;
   const char* weight = tile.weight;
   [[maybe_unused]] const char* ahead = tile.ahead;
   const X* group = tile.x;
   for (int64_t g = 0; g < tile.channel_groups; ++g, group += tile.group_stride) {
-    SPRE_NO_UNROLL for (int64_t t = 0; t < tile.taps; ++t) {
+    ROLLED_FOR (int64_t t = 0; t < tile.taps; ++t) {
       const X* x = Direct ? group : group + tile.tap_offsets[t];
-      SPRE_NO_UNROLL for (int64_t s = 0; s < tile.slots; ++s, weight += kPair) {
+      ROLLED_FOR (int64_t s = 0; s < tile.slots; ++s, weight += kPair) {
         if constexpr (Ahead) {
           __builtin_prefetch(ahead, 0, 2);
           ahead += kCacheLine;
@@ -63,20 +63,20 @@ __attribute__((noinline)) void sparse_kernel(const SparseTile<typename Traits::E
         if constexpr (kReadOnce) {
           typename Traits::Weights weights[Blocks];
           typename Traits::Index index[Blocks];
-          SPRE_UNROLL for (int b = 0; b < Blocks; ++b) {
+          UNROLLED_FOR (int b = 0; b < Blocks; ++b) {
             weights[b] = Traits::weights(weight + b * tile.block_stride);
             index[b] = Traits::index(weight + b * tile.block_stride);
           }
-          SPRE_UNROLL for (int p = 0; p < Pixels; ++p) {
+          UNROLLED_FOR (int p = 0; p < Pixels; ++p) {
             const auto input = Traits::input(x + p * pixel);
-            SPRE_UNROLL for (int b = 0; b < Blocks; ++b)
+            UNROLLED_FOR (int b = 0; b < Blocks; ++b)
               sums[b][p] = Traits::dot(sums[b][p], input, index[b], weights[b]);
           }
         } else {
-          SPRE_UNROLL for (int b = 0; b < Blocks; ++b) {
+          UNROLLED_FOR (int b = 0; b < Blocks; ++b) {
             auto weights = Traits::weights(weight + b * tile.block_stride);
             auto index = Traits::index(weight + b * tile.block_stride);
-            SPRE_UNROLL for (int p = 0; p < Pixels; ++p)
+            UNROLLED_FOR (int p = 0; p < Pixels; ++p)
               sums[b][p] = Traits::dot(sums[b][p], Traits::input(x + p * pixel), index, weights);
             asm volatile("" ::: "memory");  // read x again for the next block: no register is free
           }
@@ -97,8 +97,11 @@ struct SparseKernels {
   }
 
   static SparseKernel<Traits> pick(int64_t blocks, int64_t pixels, bool direct, bool ahead) {
-    if (direct) return ahead ? pick_blocks<true, true>(blocks, pixels) : pick_blocks<true, false>(blocks, pixels);
-    return ahead ? pick_blocks<false, true>(blocks, pixels) : pick_blocks<false, false>(blocks, pixels);
+    if (direct)
+      return ahead ? pick_blocks<true, true>(blocks, pixels)
+                   : pick_blocks<true, false>(blocks, pixels);
+    return ahead ? pick_blocks<false, true>(blocks, pixels)
+                 : pick_blocks<false, false>(blocks, pixels);
   }
 
  private:
@@ -117,7 +120,8 @@ struct SparseKernels {
   template <bool Direct, bool Ahead, int Blocks, int... PixelsLessOne>
   static SparseKernel<Traits> pick_pixels(int64_t pixels,
                                           std::integer_sequence<int, PixelsLessOne...>) {
-    static constexpr SparseKernel<Traits> kTable[] = {entry<Direct, Ahead, Blocks, PixelsLessOne + 1>()...};
+    static constexpr SparseKernel<Traits> kTable[] = {
+        entry<Direct, Ahead, Blocks, PixelsLessOne + 1>()...};
     return kTable[pixels - 1];
   }
 
@@ -226,10 +230,11 @@ struct SparseConv {
         const int64_t output = g * group_outputs + here * kLanes;
         t.weight = weight + (g * blocks + here) * block_bytes;
         t.bias = bias == nullptr ? nullptr : bias + (g * blocks + here) * kLanes;
-        t.lanes = static_cast<int>(
-            std::min<int64_t>(kLanes, group_outputs - (here + now - 1) * kLanes));
+        t.lanes =
+            static_cast<int>(std::min<int64_t>(kLanes, group_outputs - (here + now - 1) * kLanes));
         t.ahead = t.weight + now * block_bytes;
-        run_blocks(now, t, tile, base, y + output, residual == nullptr ? nullptr : residual + output);
+        run_blocks(now, t, tile, base, y + output,
+                   residual == nullptr ? nullptr : residual + output);
         done += now;
       }
     }

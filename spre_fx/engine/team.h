@@ -46,7 +46,7 @@ struct Worker {
   int64_t thread;
   int64_t threads;
   int64_t planned;  // threads that the work was cut for: those asked for, if OpenMP gave fewer
-  char* scratch;  // its own
+  char* scratch;    // its own
 
   // Its share [first, last) of so many equal tasks: the same one in every step, so that what a
   // thread wrote in one step it finds in its own cache in the next.

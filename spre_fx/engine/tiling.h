@@ -25,17 +25,20 @@ inline Step with_tile(const Step& step, int64_t threads) {
   const int64_t widest = one_tap(s) ? 4 : 2;
   s.tile_blocks = std::min(blocks, std::min<int64_t>(widest, kMaxBlocks));
   const bool flat = one_tap(s) && s.stride_h == 1 && s.stride_w == 1;
-  if (!flat && s.out_width % 7 == 0 && s.out_width < 14) s.tile_blocks = std::min<int64_t>(2, s.tile_blocks);
+  if (!flat && s.out_width % 7 == 0 && s.out_width < 14)
+    s.tile_blocks = std::min<int64_t>(2, s.tile_blocks);
   const int64_t most = std::min<int64_t>(kMaxPixels, kReadOnceSums / s.tile_blocks);
-  s.tile_pixels = flat ? most : ceil_div(s.out_width, std::max<int64_t>(1, ceil_div(s.out_width, most)));
+  s.tile_pixels =
+      flat ? most : ceil_div(s.out_width, std::max<int64_t>(1, ceil_div(s.out_width, most)));
   s.direct = one_tap(s) && s.channels / s.groups % s.channel_group == 0;
 
   // Equal tiles, as many for each thread; threads that can't be given equal rows are given outputs.
   const int64_t rows = flat ? s.batch * s.out_height : s.out_height;
   const int64_t element = s.type == kFloat32 ? 4 : 2;
-  const int64_t row = std::max<int64_t>(1, s.width * round_up(s.channels, 16) * s.stride_h * element);
+  const int64_t row =
+      std::max<int64_t>(1, s.width * round_up(s.channels, 16) * s.stride_h * element);
   const int64_t fitting = std::max<int64_t>(1, kPackedBytes / row);
-  const int64_t sharers = flat ? threads : ceil_div(threads, s.batch);
+  const int64_t sharers = flat ? threads : ceil_div(threads, std::max<int64_t>(1, s.batch));
   const int64_t tiles = round_up(std::max<int64_t>(1, ceil_div(rows, fitting)), sharers);
   s.tile_rows = std::max<int64_t>(1, ceil_div(rows, tiles));
   const int64_t busiest = s.tile_rows * ceil_div(ceil_div(rows, s.tile_rows), sharers) * sharers;

@@ -9,18 +9,19 @@
 #include "engine.h"
 
 #define SPRE_INLINE static inline __attribute__((always_inline))
+// Loops over registers, which exist only in the unrolled code, and loops that must stay loops.
 #ifdef __clang__
-#define SPRE_UNROLL _Pragma("clang loop unroll(full)")
-#define SPRE_NO_UNROLL _Pragma("clang loop unroll(disable)")
+#define UNROLLED_FOR _Pragma("clang loop unroll(full)") for
+#define ROLLED_FOR _Pragma("clang loop unroll(disable)") for
 #else
-#define SPRE_UNROLL _Pragma("GCC unroll 32")
-#define SPRE_NO_UNROLL _Pragma("GCC unroll 1")
+#define UNROLLED_FOR _Pragma("GCC unroll 32") for
+#define ROLLED_FOR _Pragma("GCC unroll 1") for
 #endif
 
 namespace spre {
 
-inline constexpr int kLanes = 16;           // outputs of one block
-inline constexpr int64_t kCacheLine = 64;   // bytes; also of one vector of weights or indices
+inline constexpr int kLanes = 16;          // outputs of one block
+inline constexpr int64_t kCacheLine = 64;  // bytes; also of one vector of weights or indices
 
 struct BFloat16 {
   uint16_t bits;

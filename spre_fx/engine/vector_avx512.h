@@ -122,6 +122,23 @@ struct BFloat16Traits {
     return {_mm512_dpbf16_ps(a.v, (__m512bh)_mm512_permutexvar_epi16(i, x), (__m512bh)w)};
   }
 };
+
+// See dense_conv.h: two numbers at a time.
+struct BFloat16Numbers {
+  using Element = BFloat16;
+  using Weights = __m512i;
+  static constexpr int64_t kNumbers = 2;
+  SPRE_INLINE Weights weights(const BFloat16* p) { return _mm512_loadu_si512(p); }
+  SPRE_INLINE Floats dot(Floats sum, const BFloat16* x, Weights w) {
+    int32_t pair;
+    std::memcpy(&pair, x, sizeof(pair));
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)w)};
+  }
+  // The last of an odd row, with nothing behind it.
+  SPRE_INLINE Floats dot_rest(Floats sum, const BFloat16* x, Weights w) {
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_set1_epi32(x->bits), (__m512bh)w)};
+  }
+};
 #endif
 
 inline constexpr int kRegisters = 32;

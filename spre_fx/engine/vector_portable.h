@@ -1,5 +1,5 @@
-// 16 float lanes in the compiler's own vector types, for any CPU: four vectors of 16 bytes, the size
-// that nearly all have registers for.
+// 16 float lanes in the compiler's own vector types, for any CPU: four vectors of 16 bytes, the
+// size that nearly all have registers for.
 #pragma once
 
 #include <initializer_list>
@@ -23,7 +23,7 @@ struct Floats {
 template <class F>
 SPRE_INLINE Floats quads(F of) {
   Floats all;
-  SPRE_UNROLL for (int i = 0; i < kQuads; ++i) all.v[i] = of(i);
+  UNROLLED_FOR (int i = 0; i < kQuads; ++i) all.v[i] = of(i);
   return all;
 }
 SPRE_INLINE Quad quad(float x) { return Quad{x, x, x, x}; }
@@ -69,9 +69,7 @@ SPRE_INLINE Floats load(const float* p, int count) {
   return a;
 }
 SPRE_INLINE void store(float* p, Floats a) { std::memcpy(p, &a, sizeof(a)); }
-SPRE_INLINE void store(float* p, Floats a, int count) {
-  std::memcpy(p, &a, count * sizeof(float));
-}
+SPRE_INLINE void store(float* p, Floats a, int count) { std::memcpy(p, &a, count * sizeof(float)); }
 
 // e^x, to 4 units in the last place, for x in [-87, 89]; infinite from 88.4 on.
 SPRE_INLINE Quad exponential(Quad x) {
@@ -81,7 +79,7 @@ SPRE_INLINE Quad exponential(Quad x) {
   r = r + n * quad(2.12194440e-4f);
   Quad p = quad(1.f / 5040);
   for (float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, .5f, 1.f, 1.f}) p = p * r + quad(c);
-  const QuadBits exponent = (QuadBits)__builtin_convertvector(n, QuadInts) + 127u;
+  const QuadBits exponent = (QuadBits) __builtin_convertvector(n, QuadInts) + 127u;
   return p * (Quad)(exponent << 23);
 }
 SPRE_INLINE Floats exponential(Floats x) {

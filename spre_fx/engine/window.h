@@ -61,7 +61,8 @@ struct WindowStep {
     const int64_t reach = (s.kernel_w - 1) * s.dilation_w;
     const int64_t inner = std::min(s.out_width, ceil_div(s.padding_w, s.stride_w));
     const int64_t room = s.width - 1 - reach + s.padding_w;
-    const int64_t outer = room < 0 ? inner : std::max(inner, std::min(s.out_width, room / s.stride_w + 1));
+    const int64_t outer =
+        room < 0 ? inner : std::max(inner, std::min(s.out_width, room / s.stride_w + 1));
     int64_t j = 0;
     for (; j < inner; ++j) run_pixels<1, true>(channel, row, top, j, x, y, residual, weight, bias);
     for (; j + kPixels <= outer; j += kPixels)
@@ -79,7 +80,7 @@ struct WindowStep {
     const int64_t left = column * s.stride_w - s.padding_w;
     const int64_t step = s.stride_w * s.x_stride;
     Floats sums[1][Pixels];
-    SPRE_UNROLL for (int p = 0; p < Pixels; ++p) sums[0][p] = Window::start();
+    UNROLLED_FOR (int p = 0; p < Pixels; ++p) sums[0][p] = Window::start();
     int64_t taps_h = 0, taps_w = 0;
     for (int64_t u = 0; u < s.kernel_h; ++u) {
       const int64_t i = top + u * s.dilation_h;
@@ -95,10 +96,10 @@ struct WindowStep {
         if constexpr (Window::kWeights)
           weights = load(weight + (u * s.kernel_w + v) * padded + channel);
         if (lanes == kLanes) {
-          SPRE_UNROLL for (int p = 0; p < Pixels; ++p)
+          UNROLLED_FOR (int p = 0; p < Pixels; ++p)
             sums[0][p] = Window::take(sums[0][p], load(from + p * step), weights);
         } else {
-          SPRE_UNROLL for (int p = 0; p < Pixels; ++p)
+          UNROLLED_FOR (int p = 0; p < Pixels; ++p)
             sums[0][p] = Window::take(sums[0][p], load(from + p * step, lanes), weights);
         }
       }
@@ -107,14 +108,13 @@ struct WindowStep {
       const int64_t taps =
           s.count_inside ? std::max<int64_t>(1, taps_h * taps_w) : s.kernel_h * s.kernel_w;
       const Floats scale = broadcast(1.f / static_cast<float>(taps));
-      SPRE_UNROLL for (int p = 0; p < Pixels; ++p) sums[0][p] = mul(sums[0][p], scale);
+      UNROLLED_FOR (int p = 0; p < Pixels; ++p) sums[0][p] = mul(sums[0][p], scale);
     }
     const int64_t pixel = row * s.out_width + column;
-    finish<X, 1, Pixels>(sums, y + pixel * s.y_stride + channel, s.y_stride,
-                         residual == nullptr ? nullptr
-                                             : residual + pixel * s.residual_stride + channel,
-                         s.residual_stride, bias == nullptr ? nullptr : bias + channel,
-                         s.activation, lanes);
+    finish<X, 1, Pixels>(
+        sums, y + pixel * s.y_stride + channel, s.y_stride,
+        residual == nullptr ? nullptr : residual + pixel * s.residual_stride + channel,
+        s.residual_stride, bias == nullptr ? nullptr : bias + channel, s.activation, lanes);
   }
 
   const Step& s;

@@ -1,0 +1,269 @@
+"""benchmarks/inference: its statistics, its engines, its resuming, and what it says of gaps."""
+
+import argparse
+import importlib
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from spre_fx import engine
+
+INFERENCE = Path(__file__).parent.parent / "benchmarks" / "inference"
+SETTING = {"model": "resnet18", "pixels": 32, "batch": 4, "threads": 1, "dtype": "float32"}
+MACHINE = {"cpu": "Z80", "flags": [], "cores": 1, "versions": {"torch": "9"}}
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch):
+    monkeypatch.syspath_prepend(str(INFERENCE))
+
+
+@pytest.fixture(name="timing")
+def _timing():
+    return importlib.import_module("timing")
+
+
+@pytest.fixture(name="engines")
+def _engines():
+    return importlib.import_module("engines")
+
+
+@pytest.fixture(name="script")
+def _script():
+    return runpy.run_path(str(INFERENCE / "run.py"))
+
+
+def test_percentiles(timing):
+    assert timing.Spread.of(range(1, 102)) == (11, 26, 51, 76, 91)
+    assert timing.Spread.of([3.0]) == (3, 3, 3, 3, 3)
+
+
+def test_ratios_are_paired_so_that_a_slow_round_cancels_out(timing):
+    peer, ours = [10.0, 40.0, 12.0], [5.0, 20.0, 6.0]
+    assert timing.speedups(peer, ours) == [2, 2, 2]
+
+
+def test_the_fastest_is_the_peer_with_the_least_median(timing):
+    times = {"a": [1.0, 9.0, 9.0], "b": [8.0, 8.0, 8.0], "1:16": [1.0, 1.0, 1.0]}
+    assert timing.fastest(times, ["a", "b", "c"]) == "b"
+    assert timing.fastest(times, []) is None
+
+
+def test_slow_peers_go_first_until_the_time_is_kept(timing):
+    once = {"a": 9000.0, "b": 3000.0, "c": 1000.0, "1:16": 100.0}
+    assert timing.too_slow(once, ["a", "b", "c"], rounds=5, limit=70) == {}
+    reasons = timing.too_slow(once, ["a", "b", "c"], rounds=5, limit=30)
+    assert list(reasons) == ["a"]
+    assert "takes 9.0 s, of c 1.0 s; 5 rounds with both would take 66 s" in reasons["a"]
+    assert list(timing.too_slow(once, ["a", "b", "c"], rounds=5, limit=0)) == ["a", "b"]
+    assert timing.too_slow(once, [], rounds=5, limit=0) == {}
+
+
+def test_every_round_visits_every_function_once(timing):
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = timing.interleave(functions, seconds=0, rounds=3, visit_seconds=0)
+    assert [len(taken) for taken in times.values()] == [3, 3]
+    assert calls.count("a") == calls.count("b") == 6  # one untimed and one timed call a visit
+    assert all(calls[i] == calls[i + 1] for i in range(0, 12, 2))
+    assert {calls[i] for i in (0, 4, 8)} == {"a", "b"}  # neither is always first
+
+
+def row(**changes):
+    """A made-up row: the engine "1:4" takes half as long as the fastest peer."""
+    made = {
+        "setting": SETTING,
+        "machine": MACHINE,
+        "backend": "auto",
+        "engines": ["eager", "openvino", "1:4"],
+        "fastest": "openvino",
+        "milliseconds": {"eager": [9.0, 9.0], "openvino": [4.0, 8.0], "1:4": [2.0, 4.0]},
+        "left_out": {"compile": "there was no time"},
+        "failed": {},
+    }
+    return made | changes
+
+
+def test_summary_and_table(script):
+    made = row()
+    made["summary"] = script["summary"](made)
+    assert made["summary"]["1:4"] == {"ms": [2.2, 2.5, 3, 3.5, 3.8], "speedup": [2] * 5}
+    assert made["summary"]["eager"] == {"ms": [9] * 5}
+    assert script["tables"].result_line(made).endswith("over openvino: 1:4 2.00x (2.00-2.00)")
+    half = row(setting=SETTING | {"dtype": "bfloat16"}, failed={"1:8": "RuntimeError: why"})
+    half["milliseconds"] = half["milliseconds"] | {"1:4": [6.0, 6.0]}
+    half["summary"] = script["summary"](half)
+    text = script["tables"].document([made, half])
+    assert "## Z80 (no vector instructions that are listed), 1 cores; torch 9; backend" in text
+    assert "| 9 (9-9) | - " in text
+    assert "**6 (5-7)**" in text
+    assert "3 (2.5-3.5), 2.00x (2.00-2.00) " in text
+    assert "6 (6-6), 1.00x (0.83-1.17), 0.50x our float32" in text
+    assert "0 of 1 medians are below 1.0x; the least is 2.00x, 1:4 on resnet18 32 px" in text
+    assert "- compile left out (2 settings): there was no time" in text
+    assert "- 1:8 failed (resnet18 32 px, batch 4, 1 thread, bfloat16): RuntimeError: why" in text
+
+
+def test_the_plot_is_drawn(script, tmp_path):
+    made = row()
+    made["summary"] = script["summary"](made)
+    script["tables"].plot([made], tmp_path / "plot.svg")
+    assert "resnet18" in (tmp_path / "plot.svg").read_text()
+
+
+def run(rows: Path, *options: str) -> str:
+    command = [sys.executable, str(INFERENCE / "run.py"), "--rows", str(rows)]
+    command += ["--models", "resnet18", "--pixels", "32", "--batches", "4", "--threads", "1"]
+    command += ["--backend", "dense", "--seconds", "0", "--rounds", "1", *options]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_end_to_end_and_resumed(tmp_path, script):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"setting": {"model": "resn')  # a kill cut it short
+    assert "batch 4, 1 thread, float32: over eager: 1:4 " in run(rows, "--engines", "eager", "1:4")
+    (found,) = script["read_rows"](rows).values()
+    assert found["setting"] == SETTING
+    assert (found["fastest"], found["left_out"], found["failed"]) == ("eager", {}, {})
+    assert all(0 < difference <= 1e-5 for difference in found["differences"].values())
+    assert all(len(taken) == 1 and taken[0] > 0 for taken in found["milliseconds"].values())
+    assert "**" in rows.with_suffix(".md").read_text()
+    before = rows.read_text()
+    assert "1 settings" in run(rows, "--engines", "1:4")
+    assert rows.read_text() == before
+
+
+def test_a_row_lasts_while_conditions_and_engines_stay(script):
+    made = row(machine=script["machine"].describe(), backend="dense")
+    rows, is_done = {script["key"](made): made}, script["is_done"]
+
+    def asked(*engines: str, backend: str = "dense") -> argparse.Namespace:
+        return argparse.Namespace(engines=engines, backend=backend)
+
+    assert is_done(SETTING, rows, asked("eager", "1:4"))
+    assert not is_done(SETTING, rows, asked("eager", "1:16"))
+    assert not is_done(SETTING, rows, asked("eager", backend="cpu"))
+    assert not is_done(SETTING | {"threads": 2}, rows, asked("eager"))
+    assert not is_done(SETTING, {script["key"](row()): row()}, asked("eager"))  # elsewhere
+
+
+def test_engines_that_are_missing_or_wrong_are_not_timed(script, monkeypatch):
+    engines, networks = script["engines"], script["networks"]
+    monkeypatch.setitem(sys.modules, "openvino", None)
+
+    def wrong(model, x, threads, dtype):
+        return lambda: torch.cat([model(x)[:3], model(x)[:1] * 1.001])  # in the last image
+
+    def broken(model, x, threads, dtype):
+        raise ValueError("why\nand where")
+
+    monkeypatch.setitem(engines.PEERS, "wrong", wrong)
+    monkeypatch.setitem(engines.PEERS, "broken", broken)
+    contest = script["Contest"](SETTING, "dense")
+    contest.enter("1:4", ["eager", "openvino", "wrong", "broken", "1:4"])
+    assert list(contest.runners) == ["eager", "1:4"]
+    assert list(contest.left_out) == ["openvino"]
+    assert contest.left_out["openvino"].startswith("not installed: ")
+    assert contest.failed["wrong"].endswith("of the largest output, more than 1e-04: not timed")
+    assert contest.failed["broken"] == "ValueError: why"
+    half = script["Contest"](SETTING | {"dtype": "bfloat16"}, "dense")
+    pytest.importorskip("onnxruntime")
+    half._enter("onnxruntime", half._builder("onnxruntime", nn.Identity(), nn.Identity()), half.x)
+    assert half.left_out == {"onnxruntime": "ONNX Runtime has no convs in bfloat16 on a CPU"}
+    assert networks.images(4, 8)[0].equal(networks.images(4, 8)[3])
+
+
+def test_what_networks_are_made_of_reaches_their_outputs(script):
+    networks = script["networks"]
+    x = networks.images(3, 32)
+    prepared = networks.prepared("resnet18", "1:16")
+    with torch.inference_mode():
+        outputs = prepared(x)
+        prepared.conv1.weight.mul_(1.01)
+        changed = prepared(x)
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-2 * outputs.abs().max()
+    assert (outputs - changed).abs().max() > 1e-4 * outputs.abs().max()
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_exported_engines_agree(engines, name):
+    for package in (name, "onnxscript"):
+        pytest.importorskip(package)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 1)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    with torch.inference_mode():
+        found = engines.PEERS[name](model, x, 1, "float32")()
+        assert engines.difference(found, model.double()(x.double())) <= 1e-6
+
+
+def test_freezing_packs_the_weights(engines):
+    from torch._dynamo.utils import counters
+
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU()).eval()
+    counters.clear()
+    engines.compiled(model, torch.randn(1, 16, 8, 8), 1, "float32")
+    assert counters["inductor"]["mkldnn_conv_weight_pack_matcher_count"] == 1
+
+
+def test_layers_table():
+    layers = runpy.run_path(str(INFERENCE / "layers.py"))
+    shape = layers["Shape"]((1, 64, 14, 14), 32, 3, 2)
+    figures = layers["Figures"](shape, 3, {"dense": 2.0, "1:4": 0.5}, {"dense": 4e7, "1:4": 1e7})
+    assert (figures.rate("dense"), figures.rate("1:4")) == (20, 20)
+    text = layers["table"]([figures], 40.0)
+    assert "| 64-32 3x3/2 14x14 | 3 " in text
+    assert "| 0.500 ms, 4.00x, 20 GFLOP/s, 50%, left 0.75 ms |" in text
+    assert "| 1.50 ms, 4.00x, 50%, left 0.75 ms " in text
+
+
+def test_every_distinct_conv_of_a_network_is_measured():
+    layers = runpy.run_path(str(INFERENCE / "layers.py"))
+    x = torch.randn(1, 3, 32, 32)
+    found = layers["convs"]("resnet18", "1:4", x)
+    assert len(found) == 19
+    assert "conv1" not in found  # three channels are fewer than M
+    shape, conv = found["layer4.0.downsample.0"]
+    assert str(shape) == "256-512 1x1/2 2x2"
+    assert (conv.weight != 0).double().mean() == 0.25
+
+
+@pytest.mark.parametrize("make", ["dense_runner", "packed_runner"])
+def test_runners_of_one_conv_compute_it(make):
+    if make == "packed_runner":
+        pytest.importorskip("spre_fx.packed_layers")
+    layers = runpy.run_path(str(INFERENCE / "layers.py"))
+    conv = nn.Conv2d(32, 16, 3, stride=2, padding=1)
+    x = torch.randn(1, 32, 8, 8).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        found = layers[make](conv, x)()
+        torch.testing.assert_close(found.to_dense(), conv(x).relu())
+
+
+def test_memory_is_that_of_the_network():
+    command = [sys.executable, str(INFERENCE / "memory.py"), "--model", "resnet18", "--pixels"]
+    command += ["32", "--backend", "dense", "--peers", "--patterns", "1:4"]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    lines = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("| ")][1:]
+    found = {line[0].strip(): [float(cell) for cell in line[1:]] for line in lines}
+    ((name, (weights, share, loaded, peak)),) = found.items()
+    assert (name, share) == ("1:4", 1)
+    assert weights == pytest.approx(44.6, abs=0.1)
+    assert 0.9 * weights < loaded <= peak < 4 * weights
+
+
+def test_overhead_leaves_the_arithmetic_out():
+    if getattr(engine, "load", lambda: None)() is None:
+        pytest.skip("the engine is not there")
+    overhead = runpy.run_path(str(INFERENCE / "overhead.py"))
+    network, x = overhead["narrow"]("1:4", 2)
+    with torch.inference_mode():
+        expected = network(x)
+        overhead["without_engine"](lambda: network(x))()
+        torch.testing.assert_close(network(x), expected)  # the engine is back
+    with pytest.raises(RuntimeError, match="that runs on the engine, found one that does not"):
+        overhead["without_engine"](lambda: None)
