@@ -17,7 +17,6 @@ from spre_fx.engine.library import VERSION
 from spre_fx.packed_layers import PackedConv2d, PackedLinear, refusal
 from spre_fx.patterns import Pattern
 
-
 _BFLOAT16 = "avx512_bf16"  # the instruction set that the engine needs for it
 
 
