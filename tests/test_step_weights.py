@@ -1,4 +1,4 @@
-"""Weights in the order that engine.h asks for, element by element, and batch norms as affine maps."""
+"""Weights in the order that engine.h asks for, number by number, and batch norms as affine maps."""
 
 import torch
 from torch import nn
