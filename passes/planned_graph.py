@@ -10,21 +10,29 @@ import functools
 import inspect
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.fx.graph_module import reduce_graph_module
 
 from spre_fx import engine
 from spre_fx.dense_form import replace_everywhere
 from spre_fx.packed_layers import PackedConv2d, PackedLinear
+from spre_fx.passes.native_steps import Value
 from spre_fx.passes.plan_memory import plan_memory, values_of
-from spre_fx.planned import Plan, PlannedProgram, ShapesChangedError
+from spre_fx.planned import (
+    Native,
+    Plan,
+    PlannedBatches,
+    PlannedProgram,
+    ShapesChangedError,
+    images_at_a_time,
+)
 from spre_fx.subclasses import carry_hooks
 
 _PROGRAMS = 8  # kept at a time: shapes come and go
@@ -191,7 +199,9 @@ class _Runs:
     """The programs of a graph for the shapes it has met, and why the last call used none."""
 
     why_not: str = ""
-    programs: OrderedDict[_Key, PlannedProgram | None] = field(default_factory=OrderedDict)
+    programs: OrderedDict[_Key, PlannedProgram | PlannedBatches | None] = field(
+        default_factory=OrderedDict
+    )
     guard: _Guard | None = None
     inputs: int | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -213,7 +223,9 @@ class _Runs:
             self.programs = OrderedDict()
         return guard
 
-    def program(self, model: GraphModule, inputs: tuple[Any, ...]) -> PlannedProgram | None:
+    def program(
+        self, model: GraphModule, inputs: tuple[Any, ...]
+    ) -> PlannedProgram | PlannedBatches | None:
         """The program for inputs like these; None where the engine has nothing to do."""
         key = (*map(_like, inputs), torch.get_num_threads(), self.guard_of(model).state())
         try:
@@ -227,11 +239,38 @@ class _Runs:
         return program
 
 
-def _new_program(model: GraphModule, inputs: tuple[Any, ...]) -> PlannedProgram | None:
-    loaded = engine.load()
+def _new_program(
+    model: GraphModule, inputs: tuple[Any, ...]
+) -> PlannedProgram | PlannedBatches | None:
+    loaded, threads = engine.load(), torch.get_num_threads()
     if loaded is None:
         return None
-    return plan_memory(model, values_of(model, inputs), loaded, torch.get_num_threads())
+    values = values_of(model, inputs)
+    program = plan_memory(model, values, loaded, threads)
+    batch = _batch(inputs, values, program)
+    if program is None or batch == 1 or (images := images_at_a_time(program, batch)) == batch:
+        return program
+    parts = []
+    for count in (images, batch % images):
+        values = values_of(model, tuple(x[:count] for x in inputs)) if count else {}
+        part = plan_memory(model, values, loaded, threads) if count else None
+        if count and _batch([x[:count] for x in inputs], values, part) != count:
+            return program
+        parts.append(part)
+    assert parts[0] is not None
+    return PlannedBatches(parts[0], parts[1], images)
+
+
+def _batch(
+    inputs: Sequence[Any], values: Mapping[Node, Value], program: PlannedProgram | None
+) -> int:
+    """How many images go through a program side by side, none looking at another; 1 if unknown."""
+    if program is None or not all(isinstance(item, Native) for item in program.items):
+        return 1
+    if not all(isinstance(x, Tensor) and x.ndim > 0 for x in inputs):
+        return 1
+    sizes = {len(x) for x in inputs} | {v.shape[0] for v in values.values() if v.shape}
+    return sizes.pop() if len(sizes) == 1 else 1
 
 
 def _like(value: Any) -> object:

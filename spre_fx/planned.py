@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from spre_fx.engine import Engine, Program
 from spre_fx.liveness import ALIGNMENT
 
 ARENA = 0  # the number of the buffer that holds activations
+_CACHED = 8 << 20  # bytes of activations that a last-level cache keeps beside the weights
 
 
 class ShapesChangedError(Exception):
@@ -108,12 +109,14 @@ class Plan:
         arena: Bytes of the block that holds all activations.
         activations: Bytes that all activations take one beside the other.
         engine_calls: How many runs of steps go to the engine in one call each.
+        images: How many images of the batch this is for; None: for all of them.
     """
 
     rows: tuple[PlanRow, ...]
     arena: int
     activations: int
     engine_calls: int
+    images: int | None = None
 
     def __str__(self) -> str:
         used: dict[object, int] = {}
@@ -125,10 +128,11 @@ class Plan:
             shape = None if row.shape is None else "x".join(map(str, row.shape))
             table.append((row.step, row.kind, shape, row.size, row.place, row.offset, times))
         headers = ("step", "kind", "shape", "bytes", "in", "offset", "place used before")
+        together = "" if self.images is None else f" for every {self.images} images of the batch"
         share = f" ({self.arena / self.activations:.0%})" if self.activations else ""
         return (
             f"{tabulate(table, headers, intfmt=',')}\n\n"
-            f"{self.engine_calls} calls of the engine. Activations take {self.arena:,} bytes of "
+            f"{self.engine_calls} calls of the engine{together}. Activations take {self.arena:,} bytes of "
             f"memory{share}, each in a place of its own {self.activations:,}."
         )
 
@@ -258,6 +262,48 @@ class PlannedProgram:
             return value
 
         values[node] = tree_map(own, result)
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedBatches:
+    """A batch that goes through the network a few images at a time, whose activations stay cached.
+
+    Attributes:
+        program: For `images` images.
+        rest: For those that are left over; None where none are.
+        images: How many go together.
+    """
+
+    program: PlannedProgram
+    rest: PlannedProgram | None
+    images: int
+
+    @property
+    def plan(self) -> Plan:
+        """What runs for each `images` images."""
+        return replace(self.program.plan, images=self.images)
+
+    def __call__(self, inputs: Sequence[Any]) -> Any:
+        """Run on a batch. Raises as `PlannedProgram` does."""
+        parts = []
+        for start in range(0, len(inputs[0]), self.images):
+            part = [x[start : start + self.images] for x in inputs]
+            whole = self.rest is None or len(part[0]) == self.images
+            parts.append((self.program if whole else self.rest)(part))
+        return tree_map(lambda *results: torch.cat(results), *parts)
+
+
+def images_at_a_time(program: PlannedProgram, batch: int) -> int:
+    """How many images of a batch to run together.
+
+    All, where their activations fit in a cache. Otherwise as few as can be: activations are then
+    read from the cache instead of from memory; but so many that the weights, which each part of the
+    batch reads again, are no more than the activations.
+    """
+    weights = sum(tensor.nbytes for tensor in program.keep)
+    an_image = max(1, program.plan.activations // batch)
+    fitting = _CACHED * batch // max(1, program.arena)
+    return min(batch, max(1, fitting, -(-weights // an_image)))
 
 
 def _returned(result: Any, values: Mapping[Node, Any]) -> Any:
