@@ -429,7 +429,7 @@ class _Layout:
     def _constant(self, tensor: Tensor) -> int:
         if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
             tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
-        self.keep.append(tensor)
+        self.keep.append(tensor.detach())  # the memory stays, whatever becomes of the tensor
         return self._buffer(tensor.data_ptr())
 
     def _plan(self, items: list[_Item], arena: int, calls: int) -> Plan:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.fx.graph_module import reduce_graph_module
 
 from spre_fx import engine
 from spre_fx.dense_form import replace_everywhere
+from spre_fx.liveness import ALIGNMENT
 from spre_fx.packed_layers import PackedConv2d, PackedLinear
 from spre_fx.passes.native_steps import Value
 from spre_fx.passes.plan_memory import plan_memory, values_of
@@ -141,57 +143,60 @@ def _from_pickle(state: dict[str, Any], imports: str) -> GraphModule:
     return _planned(graph_module)
 
 
-@dataclass(eq=False)
 class _Guard:
     """Whether a model is still what its programs were made of.
 
-    Attributes:
-        places: Where each module stands that the graph calls: the dict, the name, the module.
-        hooks: The dicts that hold their hooks.
-        tensors: The tensors that programs hold in their own layout, where each stands.
+    Every call asks, with caches that the last one has filled with other things: so this goes
+    through flat tuples, at the speed of C.
+
+    Args:
+        model: The model as it is now.
     """
 
-    places: list[tuple[dict[str, nn.Module | None], str, nn.Module | None]]
-    hooks: list[dict[Any, Any]]
-    tensors: list[tuple[dict[str, Any], str]]
-
-    @classmethod
-    def of(cls, model: GraphModule) -> _Guard:
-        """The guard of a model as it is now."""
-        places, hooks, tensors = [], [], []
+    def __init__(self, model: GraphModule) -> None:
+        called = {str(n.target) for n in model.graph.nodes if n.op == "call_module"}
+        leaves = [model.get_submodule(name) for name in called]
+        standing = [(m._modules, *item) for m in model.modules() for item in m._modules.items()]
+        copied = []
         for module in model.modules():
-            places += [(module._modules, n, child) for n, child in module._modules.items()]
-            hooks += [vars(module)[name] for name in _HOOKS]
             for held in (module._parameters, module._buffers):
-                tensors += [(held, name) for name, value in held.items() if value is not None]
-        hooks += [vars(nn.modules.module)[f"_global{name}"] for name in _HOOKS]
-        return cls(places, hooks, tensors)
+                found = [(held, *item) for item in held.items() if item[1] is not None]
+                copied += [value for _, _, value in found if not _read_in_place(module, value)]
+                standing += found
+        self._holders, self._names, self._held = zip(*standing, strict=True)
+        self._copied = tuple(copied)
+        self._pointers = list(map(Tensor.data_ptr, copied))
+        self._versioned = tuple(tensor for tensor in copied if not tensor.is_inference())
+        self._versions = list(map(_version, self._versioned))
+        self._hooks = [vars(module)[name] for module in leaves for name in _HOOKS]
+        self._hooks += [vars(nn.modules.module)[f"_global{name}"] for name in _HOOKS]
 
-    def same_modules(self) -> bool:
-        """Whether every module stands where it did."""
-        return all(held.get(name) is module for held, name, module in self.places)
+    def holds(self) -> bool:
+        """Whether modules and tensors stand where they did, and what was copied is as it was."""
+        standing = map(dict.get, self._holders, self._names)
+        return (
+            all(map(operator.is_, standing, self._held))
+            and list(map(Tensor.data_ptr, self._copied)) == self._pointers
+            and list(map(_version, self._versioned)) == self._versions
+        )
 
     def hooked(self) -> bool:
-        """Whether something of the user's runs with one of the modules."""
-        return any(self.hooks)
-
-    def state(self) -> _Key:
-        """What changes whenever a tensor does."""
-        return tuple(
-            (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
-            for tensor in (held.get(name) for held, name in self.tensors)
-            if tensor is not None
-        )
+        """Whether something of the user's runs with one of the modules that the graph calls."""
+        return any(self._hooks)
 
     def needs_gradients(self) -> bool:
         """Whether a parameter requires gradients."""
-        return any(
-            tensor is not None and tensor.requires_grad
-            for tensor in (held.get(name) for held, name in self.tensors)
-        )
+        return any(tensor.requires_grad for tensor in self._held if isinstance(tensor, Tensor))
+
+
+def _read_in_place(module: nn.Module, tensor: Tensor) -> bool:
+    """Whether programs read a tensor where it lies, so that they see what is written to it."""
+    packed = isinstance(module, PackedConv2d | PackedLinear)
+    return packed and tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_version = operator.attrgetter("_version")
 
 
 @dataclass(eq=False)
@@ -216,10 +221,10 @@ class _Runs:
         return self.inputs
 
     def guard_of(self, model: GraphModule) -> _Guard:
-        """The guard; a model whose modules were exchanged starts anew."""
+        """The guard; a model that was changed starts anew."""
         guard = self.guard
-        if guard is None or not guard.same_modules():
-            guard = self.guard = _Guard.of(model)
+        if guard is None or not guard.holds():
+            guard = self.guard = _Guard(model)
             self.programs = OrderedDict()
         return guard
 
@@ -227,15 +232,16 @@ class _Runs:
         self, model: GraphModule, inputs: tuple[Any, ...]
     ) -> PlannedProgram | PlannedBatches | None:
         """The program for inputs like these; None where the engine has nothing to do."""
-        key = (*map(_like, inputs), torch.get_num_threads(), self.guard_of(model).state())
+        programs = self.programs
+        key = (*map(_like, inputs), torch.get_num_threads())
         try:
-            return self.programs[key]
+            return programs[key]
         except KeyError:
             program = _new_program(model, inputs)
         with self.lock:
-            self.programs[key] = program
-            while len(self.programs) > _PROGRAMS:
-                self.programs.popitem(last=False)
+            programs[key] = program
+            while len(programs) > _PROGRAMS:
+                programs.popitem(last=False)
         return program
 
 
@@ -281,40 +287,43 @@ def _like(value: Any) -> object:
 
 def _why_not(model: PlannedGraphModule, inputs: tuple[Any, ...]) -> str:
     """Why a call has to run the graph itself, in words; "" where it need not."""
-    return next(_reasons(model, inputs), "")
-
-
-def _reasons(model: PlannedGraphModule, inputs: tuple[Any, ...]) -> Iterator[str]:
-    if type(model.graph._codegen) is not CodeGen:
-        yield "its inputs are not plain arguments"
-    if model.training:
-        yield "it is in training mode"
-    if torch._C._get_tracing_state() is not None:
-        yield "torch.jit traces it"
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        yield "a mode of torch looks at every operation"
-    if torch._C._functorch.maybe_current_level() is not None:
-        yield "a transform of torch.func is at work"
-    if torch.is_autocast_enabled("cpu"):
-        yield "autocast chooses types"
-    for value in inputs:
-        yield from _odd_input(value)
+    reason = (
+        _odd_model(model) or _mode_of_torch() or next(filter(None, map(_odd_input, inputs)), "")
+    )
+    if reason:
+        return reason
     guard = model._runs.guard_of(model)
     if guard.hooked():
-        yield "modules in it have hooks"
+        return "modules in it have hooks"
     if torch.is_grad_enabled() and (_wants_gradients(inputs) or guard.needs_gradients()):
-        yield "gradients are asked for"
+        return "gradients are asked for"
+    return ""
 
 
-def _odd_input(value: Any) -> Iterator[str]:
+def _odd_model(model: PlannedGraphModule) -> str:
+    if type(model.graph._codegen) is not CodeGen:
+        return "its inputs are not plain arguments"
+    return "it is in training mode" if model.training else ""
+
+
+def _mode_of_torch() -> str:
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit traces it"
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return "a mode of torch looks at every operation"
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "a transform of torch.func is at work"
+    return "autocast chooses types" if torch.is_autocast_enabled("cpu") else ""
+
+
+def _odd_input(value: Any) -> str:
     if type(value) in _PLAIN:
-        return
+        return ""
     if type(value) not in (Tensor, nn.Parameter):
-        yield f"an input is a {type(value).__name__}"
-    elif not value.is_cpu or value.layout != torch.strided or value.is_meta:
-        yield f"an input is {value.layout} on {value.device}"
-    elif value.numel() == 0:
-        yield "an input is empty"
+        return f"an input is a {type(value).__name__}"
+    if not value.is_cpu or value.layout != torch.strided or value.is_meta:
+        return f"an input is {value.layout} on {value.device}"
+    return "an input is empty" if value.numel() == 0 else ""
 
 
 def _wants_gradients(inputs: tuple[Any, ...]) -> bool:

@@ -72,7 +72,7 @@ def predicted_ratio(layer: nn.Module, pattern: Pattern) -> float:
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
     outputs, inputs = weight.shape[0] // getattr(layer, "groups", 1), weight.shape[1]
-    rate = 0.5 * min(1.0, outputs / 16) * min(1.0, inputs / 32)
+    rate = 0.7 * min(1.0, outputs / 16) * min(1.0, inputs / 32)
     return rate * pattern.m / pattern.n
 
 

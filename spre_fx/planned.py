@@ -23,7 +23,7 @@ from spre_fx.engine import Engine, Program
 from spre_fx.liveness import ALIGNMENT
 
 ARENA = 0  # the number of the buffer that holds activations
-_CACHED = 8 << 20  # bytes of activations that a last-level cache keeps beside the weights
+_CACHED = 12 << 20  # bytes of activations that a last-level cache keeps beside the weights
 
 
 class ShapesChangedError(Exception):
@@ -132,8 +132,8 @@ class Plan:
         share = f" ({self.arena / self.activations:.0%})" if self.activations else ""
         return (
             f"{tabulate(table, headers, intfmt=',')}\n\n"
-            f"{self.engine_calls} calls of the engine{together}. Activations take {self.arena:,} bytes of "
-            f"memory{share}, each in a place of its own {self.activations:,}."
+            f"{self.engine_calls} calls of the engine{together}. Activations take {self.arena:,} "
+            f"bytes of memory{share}, each in a place of its own {self.activations:,}."
         )
 
 
@@ -288,8 +288,8 @@ class PlannedBatches:
         parts = []
         for start in range(0, len(inputs[0]), self.images):
             part = [x[start : start + self.images] for x in inputs]
-            whole = self.rest is None or len(part[0]) == self.images
-            parts.append((self.program if whole else self.rest)(part))
+            rest = None if len(part[0]) == self.images else self.rest
+            parts.append((rest or self.program)(part))
         return tree_map(lambda *results: torch.cat(results), *parts)
 
 

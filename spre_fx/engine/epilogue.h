@@ -1,16 +1,17 @@
 // What becomes of a sum before it is stored: bias, residual, activation.
 #pragma once
 
+#include <limits>
+
 #include "types.h"
 
 namespace spre {
 
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Those that `finish` does not do in registers.
 SPRE_INLINE Floats activate(Floats x, int64_t activation) {
   switch (activation) {
-    case kRelu:
-      return max(zeros(), x);
-    case kRelu6:
-      return min(broadcast(6.f), max(zeros(), x));
     case kSilu: {
       // e^89 is infinite: what is left of a large negative x is zero, and of -inf NaN, as in torch.
       const Floats bounded = min(broadcast(87.f), max(broadcast(-89.f), x));
@@ -46,9 +47,10 @@ SPRE_INLINE void finish(Floats (&sums)[Blocks][Pixels], X* y, int64_t y_stride, 
       }
     }
   }
-  if (activation == kRelu) {
+  if (activation == kRelu || activation == kRelu6) {
+    const Floats most = broadcast(activation == kRelu ? kInfinity : 6.f);
     UNROLLED_FOR (int b = 0; b < Blocks; ++b)
-      UNROLLED_FOR (int p = 0; p < Pixels; ++p) sums[b][p] = max(zeros(), sums[b][p]);
+      UNROLLED_FOR (int p = 0; p < Pixels; ++p) sums[b][p] = min(most, max(zeros(), sums[b][p]));
   } else if (activation != kIdentity) {
     Floats memory[Blocks * Pixels];  // indexed in a loop, which would keep `sums` from registers
     UNROLLED_FOR (int b = 0; b < Blocks; ++b)

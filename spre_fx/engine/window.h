@@ -3,7 +3,7 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
+#include <utility>
 
 #include "epilogue.h"
 #include "team.h"
@@ -18,7 +18,7 @@ struct DepthwiseWindow {
 
 struct MaxWindow {
   static constexpr bool kWeights = false;
-  SPRE_INLINE Floats start() { return broadcast(-std::numeric_limits<float>::infinity()); }
+  SPRE_INLINE Floats start() { return broadcast(-kInfinity); }
   SPRE_INLINE Floats take(Floats best, Floats x, Floats) { return max_or_nan(best, x); }
 };
 
@@ -64,12 +64,25 @@ struct WindowStep {
     const int64_t outer =
         room < 0 ? inner : std::max(inner, std::min(s.out_width, room / s.stride_w + 1));
     int64_t j = 0;
-    for (; j < inner; ++j) run_pixels<1, true>(channel, row, top, j, x, y, residual, weight, bias);
-    for (; j + kPixels <= outer; j += kPixels)
-      run_pixels<kPixels, false>(channel, row, top, j, x, y, residual, weight, bias);
-    for (; j < outer; ++j) run_pixels<1, false>(channel, row, top, j, x, y, residual, weight, bias);
-    for (; j < s.out_width; ++j)
-      run_pixels<1, true>(channel, row, top, j, x, y, residual, weight, bias);
+    const auto run = [&](auto kernel, int64_t width) {
+      (this->*kernel)(channel, row, top, j, x, y, residual, weight, bias);
+      j += width;
+    };
+    while (j < inner) run(&WindowStep::run_pixels<1, true>, 1);
+    while (j < outer) {
+      const int64_t width = std::min<int64_t>(kPixels, outer - j);
+      run(pick(width, std::make_integer_sequence<int, kPixels>()), width);
+    }
+    while (j < s.out_width) run(&WindowStep::run_pixels<1, true>, 1);
+  }
+
+  using Kernel = void (WindowStep::*)(int64_t, int64_t, int64_t, int64_t, const X*, X*, const X*,
+                                      const X*, const float*) const;
+
+  template <int... PixelsLessOne>
+  static Kernel pick(int64_t pixels, std::integer_sequence<int, PixelsLessOne...>) {
+    static constexpr Kernel kTable[] = {&WindowStep::run_pixels<PixelsLessOne + 1, false>...};
+    return kTable[pixels - 1];
   }
 
   // `Pixels` outputs of one row, 16 channels of each. `Border`: taps may lie beside the image.
