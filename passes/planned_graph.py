@@ -156,11 +156,13 @@ class _Guard:
     def __init__(self, model: GraphModule) -> None:
         called = {str(n.target) for n in model.graph.nodes if n.op == "call_module"}
         leaves = [model.get_submodule(name) for name in called]
-        standing = [(m._modules, *item) for m in model.modules() for item in m._modules.items()]
-        copied = []
+        standing: list[tuple[dict[str, Any], str, Any]] = []
+        copied: list[Tensor] = []
         for module in model.modules():
-            for held in (module._parameters, module._buffers):
-                found = [(held, *item) for item in held.items() if item[1] is not None]
+            standing += [(module._modules, *item) for item in module._modules.items()]
+            tensors: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for held in tensors:
+                found = [(held, name, value) for name, value in held.items() if value is not None]
                 copied += [value for _, _, value in found if not _read_in_place(module, value)]
                 standing += found
         self._holders, self._names, self._held = zip(*standing, strict=True)
