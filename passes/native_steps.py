@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn import functional as F
 
+from spre_fx.batch_norm import affine
 from spre_fx.engine import Kind, Step, Type
 from spre_fx.packed_layers import PackedConv2d, PackedLinear
 from spre_fx.packed_ops import ACTIVATIONS
 from spre_fx.passes.activations import activation_of, in_place
 from spre_fx.passes.graph_view import GraphView
-from spre_fx.step_weights import affine_of, dense_conv_weight, depthwise_weight, padded_bias
 from spre_fx.subclasses import plain_base
+from spre_fx.weight_layout import pack_bias, pack_dense, pack_depthwise
 
 _FEW_CHANNELS = 4  # of the input of a dense conv that the engine runs: the stem
 _TYPES = {torch.float32: Type.FLOAT32, torch.bfloat16: Type.BFLOAT16}
@@ -78,7 +79,6 @@ class Operation:
         residual: The node whose value it adds, if any.
         weight: As the engine reads it, if any.
         bias: Likewise.
-        sources: The tensors of the model that weight and bias were made from.
     """
 
     step: Step
@@ -87,7 +87,6 @@ class Operation:
     residual: Node | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
-    sources: tuple[Tensor, ...] = ()
 
 
 Values = Mapping[Node, Value]
@@ -220,8 +219,7 @@ def _packed(view: GraphView, node: Node, values: Values) -> Operation | None:
         return None
     added = None if residual is None else values[node].stand_in()
     step = layer.step(values[source].stand_in(), added)
-    sources = (layer.packed,) if layer.bias is None else (layer.packed, layer.bias)
-    return Operation(step, node, source, residual, layer.packed, layer.bias, sources)
+    return Operation(step, node, source, residual, layer.packed, layer.bias)
 
 
 def _conv(view: GraphView, node: Node, values: Values) -> Operation | None:
@@ -236,10 +234,8 @@ def _conv(view: GraphView, node: Node, values: Values) -> Operation | None:
         return None
     kind = Kind.DEPTHWISE_CONV if depthwise else Kind.DENSE_CONV
     step = _step(kind, values[source], values[node], **_window(conv))
-    weight = (depthwise_weight if depthwise else dense_conv_weight)(conv.weight)
-    bias = None if conv.bias is None else padded_bias(conv.bias)
-    sources = (conv.weight,) if conv.bias is None else (conv.weight, conv.bias)
-    return Operation(step, node, source, None, weight, bias, sources)
+    weight = (pack_depthwise if depthwise else pack_dense)(conv.weight)
+    return Operation(step, node, source, None, weight, pack_bias(conv.bias))
 
 
 def _batch_norm(view: GraphView, node: Node, values: Values) -> Operation | None:
@@ -247,11 +243,9 @@ def _batch_norm(view: GraphView, node: Node, values: Values) -> Operation | None
     source = _source(node, values)
     if source is None or norm.running_mean is None or norm.training:
         return None
-    weight, bias = affine_of(norm)
-    tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    sources = tuple(tensor for tensor in tensors if tensor is not None)
+    scale, shift = affine(norm)
     step = _step(Kind.AFFINE, values[source], values[node])
-    return Operation(step, node, source, None, weight, bias, sources)
+    return Operation(step, node, source, None, scale.float(), pack_bias(shift))
 
 
 def _activation(view: GraphView, node: Node, values: Values) -> Operation | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from spre_fx.fold import BatchNormStatistics
+from spre_fx.fold import BatchNormStatistics, Branch, fold_batch_norm
 from spre_fx.subclasses import plain_base
 
 _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -49,6 +49,14 @@ def statistics(bn: Any) -> BatchNormStatistics:
     return BatchNormStatistics(
         mean=bn.running_mean, var=bn.running_var, eps=bn.eps, gamma=bn.weight, beta=bn.bias
     )
+
+
+def affine(bn: Any) -> tuple[Tensor, Tensor]:
+    """The scale and the shift of each channel in evaluation, `(C_out,)` in float64."""
+    ones = torch.ones_like(bn.running_mean)[:, None]
+    scale, shift = fold_batch_norm(Branch(ones, None, statistics(bn)))
+    assert shift is not None
+    return scale.flatten(), shift
 
 
 def new_spre_batch_norm(bn: Any, gamma: float) -> nn.Module:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from spre_fx.batch_norm import (
+    affine,
     is_batch_norm,
     is_frozen_batch_norm,
     new_spre_batch_norm,
@@ -186,3 +187,13 @@ def test_a_frozen_one_gets_a_trainable_batch_norm(make: Make, gamma: float) -> N
 @pytest.mark.parametrize("training", [True, False])
 def test_a_new_one_beside_a_frozen_one_learns_nothing_in_evaluation(training: bool) -> None:
     assert new_spre_batch_norm(FrozenBatchNorm2d(4).train(training), 1.0).training is training
+
+
+@pytest.mark.parametrize("learnt", [True, False])
+def test_a_batch_norm_is_a_scale_and_a_shift(learnt: bool) -> None:
+    bn = randomise(nn.BatchNorm2d(20, affine=learnt)).double().eval()
+    scale, shift = affine(bn)
+    assert (scale.dtype, scale.shape, shift.shape) == (torch.float64, (20,), (20,))
+    x = torch.randn(2, 20, 3, 3).double()
+    found = x * scale[:, None, None] + shift[:, None, None]
+    torch.testing.assert_close(found, bn(x).detach(), rtol=1e-12, atol=1e-12)

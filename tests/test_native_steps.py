@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spre_fx import engine
+from spre_fx.dense_form import to_dense
 from spre_fx.passes.planned_graph import planned
 
 pytestmark = pytest.mark.skipif(engine.load() is None, reason="needs the engine")
@@ -116,6 +117,26 @@ def test_functions(forward: Forward, kinds: list[str]) -> None:
 
 def test_types_that_the_engine_does_not_know_run_in_torch() -> None:
     assert steps(lambda m, x: F.max_pool2d(x.double(), 2).float()) == ["torch"] * 3
+
+
+BFLOAT16: dict[str, tuple[nn.Module, str]] = {
+    "stem": (conv(3, 8, 5, stride=2), "dense conv"),
+    "stem of an even row": (conv(3, 8, 4), "dense conv"),
+    "depthwise": (nn.Sequential(conv(8, 8, groups=8)), "depthwise conv"),
+    "batch norm": (nn.BatchNorm2d(8), "affine"),
+}
+
+
+@pytest.mark.skipif(getattr(engine.load(), "isa", "") != "avx512_bf16", reason="needs bfloat16")
+@pytest.mark.parametrize(("layer", "kind"), BFLOAT16.values(), ids=BFLOAT16)
+def test_bfloat16(layer: nn.Module, kind: str) -> None:
+    before = [] if kind == "dense conv" else [conv(8, 8)]
+    gm = graph_of(nn.Sequential(*before, copy.deepcopy(layer), conv(8, 8)).bfloat16())
+    model = planned(copy.deepcopy(gm))
+    x = torch.randn(2, 8 if before else 3, 15, 17).bfloat16()
+    exact = to_dense(gm).float()(x.float())
+    torch.testing.assert_close(model(x).float(), exact, rtol=0.02, atol=0.02)
+    assert kind in [row.kind for row in model.plan(x).rows]
 
 
 def test_the_stem_is_the_engines_where_its_input_has_few_channels() -> None:
