@@ -1,9 +1,9 @@
 """Runs a planned graph: steps of the engine over one block of memory, and what torch runs itself.
 
-A `Program` is made for inputs of certain shapes and for a number of threads. It is never changed
-once made; what a call needs for itself (activations, scratch, addresses) is in a `Workspace`, which
-the call takes from a pool and puts back. So a second call allocates nothing but its outputs, and
-calls at the same time do not meet.
+A `PlannedProgram` is made for inputs of certain shapes and for a number of threads. It is never
+changed once made; what a call needs for itself (activations, scratch, addresses) is in a
+`Workspace`, which the call takes from a pool and puts back. So a second call allocates nothing but
+its outputs, and calls at the same time do not meet.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ class Native:
 
     Attributes:
         steps: The steps.
-        feeds: The values of torch that they read: number of the buffer, node, shape and type.
+        feeds: The values of torch that they read, and the buffers that these are put in.
     """
 
     steps: Program
-    feeds: tuple[tuple[int, Node, Location], ...]
+    feeds: Mapping[Node, Location]
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +156,7 @@ class PlannedProgram:
         inputs: The nodes of the inputs.
         items: What to run, in order.
         drops: For each item, the values of torch that nothing reads after it.
-        outputs: The values that leave, which are tensors of their own: buffer, shape and strides.
+        outputs: The tensors that each call makes for the values that leave, one for each buffer.
         results: Where the values lie that the engine computed and that leave.
         result: What the graph returns, with nodes in place of values.
         arena: Bytes of activations.
@@ -225,13 +225,13 @@ class PlannedProgram:
 
     def _run_steps(self, item: Native, workspace: Workspace, values: dict[Node, Any]) -> None:
         fed = []  # alive until the engine has read them
-        for buffer, node, expected in item.feeds:
+        for node, expected in item.feeds.items():
             value = values[node]
             if value.shape != expected.shape or value.dtype != expected.dtype:
                 raise ShapesChangedError
             layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
             value = value.contiguous(memory_format=layout)
-            workspace.addresses[buffer] = value.data_ptr()
+            workspace.addresses[expected.buffer] = value.data_ptr()
             fed.append(value)
         scratch = workspace.scratch.data_ptr()
         self.engine.run(item.steps, workspace.addresses, scratch, self.threads)
