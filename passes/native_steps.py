@@ -101,7 +101,8 @@ def operation_of(view: GraphView, node: Node, values: Values) -> Operation | Non
         node: The node.
         values: The values of one run, of all nodes that compute a tensor.
     """
-    if node not in values or values[node].dtype not in _TYPES or not prod(values[node].shape):
+    value = values.get(node)
+    if value is None or value.dtype not in _TYPES or not value.shape or not prod(value.shape):
         return None
     maker = _maker(view, node)
     return None if maker is None else maker(view, node, values)

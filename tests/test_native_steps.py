@@ -83,6 +83,7 @@ FUNCTIONS: dict[str, tuple[Forward, list[str]]] = {
     "mean, kept": (lambda m, x: torch.mean(x, [-1, -2], keepdim=True), ["average pool"]),
     "mean over another axis": (lambda m, x: x.mean((1, 3)), ["torch"]),
     "flattened": (lambda m, x: torch.flatten(F.adaptive_avg_pool2d(x, 1), 1), ["average pool"]),
+    "numbers without an axis": (lambda m, x: F.relu(x.sum()) + x.mean(), ["torch"] * 4),
     "sum": (lambda m, x: F.avg_pool2d(x, 1) + x, ["average pool", "affine + residual"]),
     "sum, in place": (
         lambda m, x: F.relu_(F.avg_pool2d(x, 1).add_(x)),
