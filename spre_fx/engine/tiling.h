@@ -10,10 +10,6 @@ namespace spre {
 // What a thread packs at once must stay in its L2 cache beside the weights that go over it.
 inline constexpr int64_t kPackedBytes = 256 << 10;
 
-inline bool one_tap(const Step& s) {
-  return s.kernel_h * s.kernel_w == 1 && s.padding_h == 0 && s.padding_w == 0;
-}
-
 // Sparse convs. A 1x1 conv reads each input once for each block of outputs: many blocks at few
 // pixels, read where they lie. A larger kernel reads each packed input once a tap, so more pixels
 // share a pass over the weights.
@@ -24,7 +20,7 @@ inline Step with_tile(const Step& step, int64_t threads) {
   const int64_t blocks = ceil_div(s.out_channels / s.groups, kLanes);
   const int64_t widest = one_tap(s) ? 4 : 2;
   s.tile_blocks = std::min(blocks, std::min<int64_t>(widest, kMaxBlocks));
-  const bool flat = one_tap(s) && s.stride_h == 1 && s.stride_w == 1;
+  const bool flat = is_flat(s);
   if (!flat && s.out_width % 7 == 0 && s.out_width < 14)
     s.tile_blocks = std::min<int64_t>(2, s.tile_blocks);
   const int64_t most = std::min<int64_t>(kMaxPixels, kReadOnceSums / s.tile_blocks);
