@@ -11,7 +11,7 @@ namespace spre {
 
 enum Kind : int64_t {
   kSparseConv = 0,     // N:M weights, see below; also linear (a 1x1 conv over N pixels)
-  kDenseConv = 1,      // for few input channels: the stem
+  kDenseConv = 1,      // without groups and dilation: the stem, and layers left dense
   kDepthwiseConv = 2,  // one filter a channel
   kMaxPool = 3,
   kAveragePool = 4,  // the divisor is the number of taps, or of those inside where count_inside
