@@ -20,15 +20,13 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from spre_fx.batch_norm import affine
-from spre_fx.engine import Kind, Step, Type
+from spre_fx.engine import Kind, Step
 from spre_fx.packed_layers import PackedConv2d, PackedLinear
-from spre_fx.packed_ops import ACTIVATIONS
+from spre_fx.packed_ops import ACTIVATIONS, TYPES
 from spre_fx.passes.activations import activation_of, in_place
 from spre_fx.passes.graph_view import GraphView
 from spre_fx.subclasses import plain_base
 from spre_fx.weight_layout import pack_bias, pack_dense, pack_depthwise
-
-_TYPES = {torch.float32: Type.FLOAT32, torch.bfloat16: Type.BFLOAT16}
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def operation_of(view: GraphView, node: Node, values: Values) -> Operation | Non
         values: The values of one run, of all nodes that compute a tensor.
     """
     value = values.get(node)
-    if value is None or value.dtype not in _TYPES or not value.shape or not prod(value.shape):
+    if value is None or value.dtype not in TYPES or not value.shape or not prod(value.shape):
         return None
     maker = _maker(view, node)
     return None if maker is None else maker(view, node, values)
@@ -177,7 +175,7 @@ def _step(kind: Kind, x: Value, y: Value, **fields: int) -> Step:
     sizes = {"batch": batch, "height": height, "width": width, "channels": x.channels}
     out = {"out_height": out_height, "out_width": out_width, "out_channels": y.channels}
     none = {"weight": -1, "bias": -1, "residual": -1}
-    return Step(kind=kind, type=_TYPES[y.dtype], **ones | none | sizes | out | fields)
+    return Step(kind=kind, type=TYPES[y.dtype], **ones | none | sizes | out | fields)
 
 
 def _copy(step: Step) -> Step:

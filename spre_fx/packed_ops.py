@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from spre_fx.engine import Activation, Engine, Kind, Program, Step, Type, load, program
 from spre_fx.errors import ModelError
+from spre_fx.liveness import ALIGNMENT
 from spre_fx.weight_layout import (
     Layout,
     layout,
@@ -38,8 +39,7 @@ ACTIVATIONS: dict[str | None, tuple[Activation, Callable[[Tensor], Tensor]]] = {
     "silu": (Activation.SILU, F.silu),
     "hardswish": (Activation.HARDSWISH, F.hardswish),
 }
-_TYPES = {torch.float32: Type.FLOAT32, torch.bfloat16: Type.BFLOAT16}
-_ALIGNMENT = 64  # bytes, of packed weights and of scratch
+TYPES = {torch.float32: Type.FLOAT32, torch.bfloat16: Type.BFLOAT16}
 
 Pair: TypeAlias = tuple[int, int]
 
@@ -242,7 +242,7 @@ def _by_torch(
 
 def _aligned(weight: Tensor) -> Tensor:
     """The weight, copied if it lies where the engine cannot read it, as in a mapped file."""
-    if weight.is_contiguous() and weight.data_ptr() % _ALIGNMENT == 0:
+    if weight.is_contiguous() and weight.data_ptr() % ALIGNMENT == 0:
         return weight
     return weight.clone(memory_format=torch.contiguous_format)
 
@@ -274,7 +274,7 @@ def _plan(call: _Call, engine: Engine | None, threads: int) -> _Plan:
 
 def _step(call: _Call, shape: tuple[int, ...]) -> Step:
     layer = call.layer
-    step = Step(kind=Kind.SPARSE_CONV, type=_TYPES[call.x.dtype])
+    step = Step(kind=Kind.SPARSE_CONV, type=TYPES[call.x.dtype])
     step.x, step.y, step.weight = 0, 1, 2
     step.bias = -1 if call.bias is None else 3
     step.residual = -1 if call.residual is None else 4

@@ -237,6 +237,24 @@ def test_a_residual_of_another_shape_or_type_is_added_as_torch_adds(residual, is
     assert (fake.shape, fake.dtype, fake.stride()) == (y.shape, y.dtype, y.stride())
 
 
+def test_an_input_that_is_smaller_than_the_kernel_is_refused(isa):
+    with pytest.raises(ModelError) as error:
+        Conv(nm_weight(16, 32, 3, 3))(torch.ones(1, 32, 2, 5))
+    assert str(error.value) == (
+        "expected an input that a kernel of (3, 3) with padding (0, 0) and dilation (1, 1) fits "
+        "in, found (1, 32, 2, 5)."
+    )
+
+
+def test_an_unknown_activation_is_refused(isa):
+    operands = (torch.ones(1, 48), pack(nm_weight(16, 48, 1, 1)), None, None)
+    with pytest.raises(ModelError) as error:
+        OPERATORS.packed_linear(*operands, 48, 16, "gelu")
+    assert str(error.value) == (
+        "expected an activation of None, relu, relu6, silu, hardswish, found 'gelu'."
+    )
+
+
 @pytest.mark.parametrize("shape", [(), (4, 47)])
 def test_wrong_inputs_of_linear_are_one_clear_error(shape, isa):
     packed = pack(nm_weight(16, 48, 1, 1))
