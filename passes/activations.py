@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,19 +33,15 @@ _FUNCTIONS: dict[Any, str] = {
 }
 _METHODS = {"relu": "relu", "relu_": "relu"}
 _IN_PLACE: tuple[Any, ...] = (
-    *(operator.iadd, operator.isub, operator.imul, operator.itruediv),
+    *(operator.iadd, operator.isub, operator.imul, operator.imatmul),
+    *(operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow),
+    *(operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
     operator.setitem,
 )
 _NOTHING = (
     nn.Identity,
-    *(
-        nn.Dropout,
-        nn.Dropout1d,
-        nn.Dropout2d,
-        nn.Dropout3d,
-        nn.AlphaDropout,
-        nn.FeatureAlphaDropout,
-    ),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
     torchvision.ops.StochasticDepth,
 )
 
@@ -74,10 +73,27 @@ def in_place(view: GraphView, node: Node) -> bool:
         return bool(getattr(module, "inplace", False))
     if node.op == "call_method":
         return str(node.target).endswith("_")
-    name = getattr(node.target, "__name__", "")
-    if name.endswith("_") or node.target in _IN_PLACE or node.kwargs.get("inplace"):
+    name, home = (getattr(node.target, each, "") for each in ("__name__", "__module__"))
+    if node.target in _IN_PLACE or (name.endswith("_") and home != "_operator"):  # and_, not_
         return True
-    return node.target in _FUNCTIONS and node.args[1:2] == (True,)
+    return bool(node.kwargs.get("inplace")) or True in _inplace_argument(node)
+
+
+def _inplace_argument(node: Node) -> tuple[Any, ...]:
+    """The argument called inplace, if it is there and has no name at the call."""
+    assert callable(node.target)
+    position = _position("inplace", node.target)
+    return () if position is None else node.args[position : position + 1]
+
+
+@cache
+def _position(parameter: str, function: Callable[..., Any]) -> int | None:
+    """Which parameter of a function has that name; None of what Python cannot look into."""
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return None
+    return names.index(parameter) if parameter in names else None
 
 
 def does_nothing(view: GraphView, node: Node) -> bool:

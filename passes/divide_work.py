@@ -67,8 +67,8 @@ def divide_work(view: GraphView, values: Values, engine: Engine) -> Iterator[Wor
 def writes_through_view(view: GraphView, values: Values, work: Sequence[Work]) -> bool:
     """Whether torch writes over a view of something, which is a copy of it in a program."""
     by_torch = {each for each in work if isinstance(each, Node)}
-    written = [each.all_input_nodes[0] for each in by_torch if in_place(view, each)]
-    return any(node in by_torch and node in values and values[node].is_view for node in written)
+    written = {n for each in by_torch if in_place(view, each) for n in each.all_input_nodes[:1]}
+    return any(node in values and values[node].is_view for node in written & by_torch)
 
 
 def _work(view: GraphView, node: Node, values: Values, engine: Engine, native: set[Node]) -> Work:

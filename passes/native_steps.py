@@ -28,7 +28,6 @@ from spre_fx.passes.graph_view import GraphView
 from spre_fx.subclasses import plain_base
 from spre_fx.weight_layout import pack_bias, pack_dense, pack_depthwise
 
-_FEW_CHANNELS = 4  # of the input of a dense conv that the engine runs: the stem
 _TYPES = {torch.float32: Type.FLOAT32, torch.bfloat16: Type.BFLOAT16}
 
 
@@ -101,7 +100,8 @@ def operation_of(view: GraphView, node: Node, values: Values) -> Operation | Non
         node: The node.
         values: The values of one run, of all nodes that compute a tensor.
     """
-    if node not in values or values[node].dtype not in _TYPES or not prod(values[node].shape):
+    value = values.get(node)
+    if value is None or value.dtype not in _TYPES or not value.shape or not prod(value.shape):
         return None
     maker = _maker(view, node)
     return None if maker is None else maker(view, node, values)
@@ -229,8 +229,8 @@ def _conv(view: GraphView, node: Node, values: Values) -> Operation | None:
         return None
     zeros = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
     depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1
-    stem = conv.groups == 1 and conv.in_channels <= _FEW_CHANNELS and _pair(conv.dilation) == (1, 1)
-    if not zeros or not (depthwise or stem) or conv.weight.dtype != values[node].dtype:
+    dense = conv.groups == 1 and _pair(conv.dilation) == (1, 1)
+    if not zeros or not (depthwise or dense) or conv.weight.dtype != values[node].dtype:
         return None
     kind = Kind.DEPTHWISE_CONV if depthwise else Kind.DENSE_CONV
     step = _step(kind, values[source], values[node], **_window(conv))

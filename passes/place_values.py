@@ -146,7 +146,7 @@ def _pinned(view: GraphView, work: Sequence[Work], leaving: Sequence[Node]) -> s
     aliases = [each for each in work if isinstance(each, Alias)]
     written = [each for each in work if isinstance(each, Node) and in_place(view, each)]
     pinned = {*leaving, *(node for alias in aliases for node in (alias.source, alias.result))}
-    return pinned | {node.all_input_nodes[0] for node in written}
+    return pinned.union(*(node.all_input_nodes[:1] for node in written))
 
 
 @dataclass(eq=False)

@@ -57,7 +57,9 @@ def values_of(graph_module: GraphModule, inputs: tuple[Any, ...]) -> dict[Node, 
             return result
 
     copies = (value.clone() if isinstance(value, Tensor) else value for value in inputs)
-    Recorder(graph_module).run(*copies)
+    recorder = Recorder(graph_module)
+    recorder.extra_traceback = False  # errors as the graph itself raises them
+    recorder.run(*copies)
     return found
 
 

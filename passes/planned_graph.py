@@ -250,35 +250,45 @@ class _Runs:
 def _new_program(
     model: GraphModule, inputs: tuple[Any, ...]
 ) -> PlannedProgram | PlannedBatches | None:
-    loaded, threads = engine.load(), torch.get_num_threads()
-    if loaded is None:
-        return None
     values = values_of(model, inputs)
-    program = plan_memory(model, values, loaded, threads)
-    batch = _batch(inputs, values, program)
-    if program is None or batch == 1 or (images := images_at_a_time(program, batch)) == batch:
+    program = _program(model, values)
+    if program is None or not _side_by_side(inputs, values, program):
         return program
-    parts = []
-    for count in (images, batch % images):
-        values = values_of(model, tuple(x[:count] for x in inputs)) if count else {}
-        part = plan_memory(model, values, loaded, threads) if count else None
-        if count and _batch([x[:count] for x in inputs], values, part) != count:
-            return program
-        parts.append(part)
-    assert parts[0] is not None
-    return PlannedBatches(parts[0], parts[1], images)
+    batch = len(inputs[0])
+    images = images_at_a_time(program, batch)
+    if images == batch:
+        return program
+    first, rest = (_of_some(model, inputs, count) for count in (images, batch % images))
+    if first is None or (rest is None and batch % images):
+        return program
+    return PlannedBatches(first, rest, images)
 
 
-def _batch(
-    inputs: Sequence[Any], values: Mapping[Node, Value], program: PlannedProgram | None
-) -> int:
-    """How many images go through a program side by side, none looking at another; 1 if unknown."""
-    if program is None or not all(isinstance(item, Native) for item in program.items):
-        return 1
-    if not all(isinstance(x, Tensor) and x.ndim > 0 for x in inputs):
-        return 1
-    sizes = {len(x) for x in inputs} | {v.shape[0] for v in values.values() if v.shape}
-    return sizes.pop() if len(sizes) == 1 else 1
+def _program(model: GraphModule, values: Mapping[Node, Value]) -> PlannedProgram | None:
+    loaded = engine.load()
+    return None if loaded is None else plan_memory(model, values, loaded, torch.get_num_threads())
+
+
+def _of_some(model: GraphModule, inputs: Sequence[Tensor], images: int) -> PlannedProgram | None:
+    """The program for the first images of a batch; None for none, or if they meet each other."""
+    if images == 0:
+        return None
+    part = tuple(x[:images] for x in inputs)
+    values = values_of(model, part)
+    program = _program(model, values)
+    return program if program is not None and _side_by_side(part, values, program) else None
+
+
+def _side_by_side(
+    inputs: Sequence[Any], values: Mapping[Node, Value], program: PlannedProgram
+) -> bool:
+    """Whether images of a batch go through a program side by side, none looking at another."""
+    if not all(isinstance(item, Native) for item in program.items):
+        return False
+    if not all(isinstance(x, Tensor) and x.ndim > 1 for x in inputs):
+        return False
+    tensors = (*inputs, *values.values())
+    return len({tuple(each.shape[:1]) for each in tensors}) == 1
 
 
 def _like(value: Any) -> object:

@@ -291,7 +291,12 @@ class PlannedBatches:
             part = [x[start : start + self.images] for x in inputs]
             rest = None if len(part[0]) == self.images else self.rest
             parts.append((rest or self.program)(part))
-        return tree_map(lambda *results: torch.cat(results), *parts)
+        return tree_map(_joined, *parts)
+
+
+def _joined(*results: Any) -> Any:
+    """One result of all parts of a batch; what is no tensor is the same for each part."""
+    return torch.cat(results) if isinstance(results[0], Tensor) else results[0]
 
 
 def images_at_a_time(program: PlannedProgram, batch: int) -> int:

@@ -165,7 +165,7 @@ def unpack_bias(packed: Tensor, out_channels: int, groups: int = 1) -> Tensor:
 
 
 def pack_dense(weight: Tensor) -> Tensor:
-    """Lay out the weight of a dense convolution with few input channels.
+    """Lay out the weight of a dense convolution without groups.
 
     Args:
         weight: `(C_out, C_in, kH, kW)`.

@@ -83,6 +83,7 @@ FUNCTIONS: dict[str, tuple[Forward, list[str]]] = {
     "mean, kept": (lambda m, x: torch.mean(x, [-1, -2], keepdim=True), ["average pool"]),
     "mean over another axis": (lambda m, x: x.mean((1, 3)), ["torch"]),
     "flattened": (lambda m, x: torch.flatten(F.adaptive_avg_pool2d(x, 1), 1), ["average pool"]),
+    "numbers without an axis": (lambda m, x: F.relu(x.sum()) + x.mean(), ["torch"] * 4),
     "sum": (lambda m, x: F.avg_pool2d(x, 1) + x, ["average pool", "affine + residual"]),
     "sum, in place": (
         lambda m, x: F.relu_(F.avg_pool2d(x, 1).add_(x)),
@@ -139,10 +140,22 @@ def test_bfloat16(layer: nn.Module, kind: str) -> None:
     assert kind in [row.kind for row in model.plan(x).rows]
 
 
-def test_the_stem_is_the_engines_where_its_input_has_few_channels() -> None:
-    for channels, kind in ((1, "dense conv"), (4, "dense conv"), (5, "torch")):
-        gm = graph_of(nn.Sequential(conv(channels, 20, 5, stride=2), conv(20, 8)))
-        model = planned(copy.deepcopy(gm))
-        x = torch.randn(2, channels, 15, 17)
-        assert_same(model(x), gm(x))
-        assert model.plan(x).rows[0].kind == kind
+DENSE: dict[str, tuple[nn.Module, str]] = {
+    "stem": (conv(3, 20, 5, stride=2), "dense conv"),
+    "many channels": (conv(50, 20, 3), "dense conv"),
+    "1x1": (conv(24, 20, 1), "dense conv"),
+    "dilation": (conv(8, 20, 3, dilation=2), "torch"),
+    "groups": (conv(8, 20, 3, groups=2), "torch"),
+}
+
+
+@pytest.mark.parametrize(("layer", "kind"), DENSE.values(), ids=DENSE)
+def test_dense_convs_without_groups_and_dilation_are_the_engines(
+    layer: nn.Conv2d, kind: str
+) -> None:
+    gm = graph_of(nn.Sequential(copy.deepcopy(layer), conv(20, 8)))
+    gm.set_submodule("0", copy.deepcopy(layer).requires_grad_(False))  # not packed
+    model = planned(copy.deepcopy(gm))
+    x = torch.randn(2, layer.in_channels, 15, 17)
+    assert_same(model(x), gm(x))
+    assert model.plan(x).rows[0].kind == kind

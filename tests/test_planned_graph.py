@@ -347,6 +347,48 @@ def test_autocast_and_modes_run_the_graph(resnet: Any) -> None:
     assert model.why_not == "a mode of torch looks at every operation"
 
 
+def under_autocast(model: nn.Module) -> None:
+    """A call that fails in the graph: packed layers take one type."""
+    with torch.autocast("cpu"), pytest.raises(spre_fx.ModelError, match=r"found torch.bfloat16"):
+        model(X)
+
+
+CALLS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "autocast": (under_autocast, "autocast chooses types"),
+    "vmap": (
+        lambda model: torch.func.vmap(model)(X[None]),
+        "a transform of torch.func is at work",
+    ),
+    "jit": (
+        lambda model: torch.jit.trace(model, X, check_trace=False),
+        "torch.jit traces it",
+    ),
+    "subclass": (
+        lambda model: model(X.as_subclass(type("Own", (Tensor,), {}))),
+        "an input is a Own",
+    ),
+    "nowhere": (
+        lambda model: model.to("meta")(X.to("meta")),
+        "an input is torch.strided on meta",
+    ),
+    "empty": (lambda model: model(X[:0]), "an input is empty"),
+}
+
+
+@pytest.mark.parametrize(("call", "why"), CALLS.values(), ids=CALLS)
+@pytest.mark.filterwarnings("ignore")  # torch.jit is on its way out, and vmap is slow
+def test_other_calls_run_the_graph(resnet: Any, call: Callable[[Any], object], why: str) -> None:
+    model, _ = resnet
+    call(model)
+    assert model.why_not == why
+
+
+def test_a_call_that_fails_says_only_what_is_wrong() -> None:
+    with pytest.raises(spre_fx.ModelError) as error:
+        planned(graph_of(nn.Sequential(conv(8, 8))))(torch.ones(1, 9, 3, 3))
+    assert str(error.value) == "expected an input of shape (N, 8, H, W), found (1, 9, 3, 3)."
+
+
 def test_a_gradient_of_the_input_is_refused_in_words(resnet: Any) -> None:
     model, expected = resnet
     result = model(X.clone().requires_grad_())
@@ -384,6 +426,7 @@ def test_shapes_that_depend_on_numbers_run_the_graph() -> None:
     for _ in range(4):
         x = torch.randn(9, 16)
         assert_same(model(x), gm(x))
+    assert model.why_not == "shapes on the way depend on the numbers of the input"
 
 
 def test_writing_over_a_view_runs_the_graph() -> None:

@@ -1,4 +1,4 @@
 // The engine for CPUs with AVX2 and FMA.
 #include "vector_avx2.h"
-//
+// Every other header is written in the vectors above.
 #include "run.h"

@@ -1,6 +1,7 @@
-// Dense convolution for few input channels, the stem of a network: too few for a pattern, and too
-// few to fill a vector. A row of the kernel is kernel_w * channels consecutive numbers of the
-// image; each of them is broadcast and multiplied with the weights of 16 outputs.
+// Dense convolution, without groups and dilation: the stem of a network, which has too few channels
+// for a pattern, and layers that are left dense. A row of the kernel is kernel_w * channels
+// consecutive numbers of the image; each of them is broadcast and multiplied with the weights of 16
+// outputs.
 #pragma once
 
 #include <algorithm>

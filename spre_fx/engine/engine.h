@@ -11,7 +11,7 @@ namespace spre {
 
 enum Kind : int64_t {
   kSparseConv = 0,     // N:M weights, see below; also linear (a 1x1 conv over N pixels)
-  kDenseConv = 1,      // for few input channels: the stem
+  kDenseConv = 1,      // without groups and dilation: the stem, and layers left dense
   kDepthwiseConv = 2,  // one filter a channel
   kMaxPool = 3,
   kAveragePool = 4,  // the divisor is the number of taps, or of those inside where count_inside
@@ -61,12 +61,13 @@ struct Step {
   int64_t activation;
   int64_t count_inside;
   int64_t slots, channel_group, halves;
-  // How the work is cut. 0 in tile_pixels: the engine's own rule chooses all of these.
+  // How the work is cut, for experiments and tests. 0 in tile_pixels (of kDenseConv in tile_rows,
+  // which is all that it looks at): the engine's own rule chooses all of these.
   int64_t tile_blocks;  // blocks of 16 outputs held in registers
   int64_t tile_pixels;  // pixels held in registers
   int64_t tile_rows;    // output rows (1x1: times out_width pixels) packed at once
   int64_t split;        // parts that the outputs are divided into among threads
-  int64_t direct;       // 1: read x where it lies, without packing. Only 1x1, stride 1, C % 16 == 0
+  int64_t direct;  // 1: x is not packed. Only 1x1 without padding, C / groups % channel_group == 0
 };
 
 // The OpenMP runtime that torch runs on, as its GOMP_parallel and omp_get_* functions. Null where
@@ -90,7 +91,7 @@ const char* spre_isa();
 // Whether this CPU can run the library of that spre_isa(). Ask the portable library.
 int64_t spre_supports(const char* isa);
 
-// Whether this library has a kernel for a step (its kind, type and tile).
+// Whether this library has a kernel for a step: for its kind, type and layout of weights.
 int64_t spre_takes(const spre::Step* step);
 
 // The bytes of scratch, aligned to 64, that a run on so many threads needs.

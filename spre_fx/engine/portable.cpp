@@ -1,4 +1,4 @@
 // The engine for any CPU.
 #include "vector_portable.h"
-//
+// Every other header is written in the vectors above.
 #include "run.h"

@@ -149,8 +149,7 @@ SPRE_EXPORT int64_t spre_takes(const spre::Step* step) {
   if (s.kind < spre::kSparseConv || s.kind > spre::kCopy) return 0;
   if (s.kind == spre::kDenseConv) return s.groups == 1 && s.dilation_w == 1 && s.dilation_h == 1;
   if (s.kind != spre::kSparseConv) return 1;
-  const bool one_tap = s.kernel_h * s.kernel_w == 1 && s.padding_h == 0 && s.padding_w == 0;
-  if (s.direct && !(one_tap && s.channels / s.groups % s.channel_group == 0)) return 0;
+  if (s.direct && !(spre::one_tap(s) && s.channels / s.groups % s.channel_group == 0)) return 0;
   if (bfloat16) return s.channel_group == 32 && !s.halves;
   if (s.halves) return s.channel_group == 16 && s.slots % 2 == 0;
   return s.channel_group == 16 || s.channel_group == 32;

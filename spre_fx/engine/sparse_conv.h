@@ -143,8 +143,7 @@ struct SparseConv {
   explicit SparseConv(const Step& step)
       : s(step),
         input(step, Traits::kGroup, Traits::kSections),
-        flat(step.kernel_h * step.kernel_w == 1 && step.stride_h == 1 && step.stride_w == 1 &&
-             step.padding_h == 0 && step.padding_w == 0),
+        flat(is_flat(step)),
         group_outputs(step.out_channels / step.groups),
         blocks(ceil_div(group_outputs, kLanes)),
         channel_groups(ceil_div(step.channels / step.groups, Traits::kGroup)),

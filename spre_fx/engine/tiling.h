@@ -10,8 +10,9 @@ namespace spre {
 // What a thread packs at once must stay in its L2 cache beside the weights that go over it.
 inline constexpr int64_t kPackedBytes = 256 << 10;
 
-inline bool one_tap(const Step& s) {
-  return s.kernel_h * s.kernel_w == 1 && s.padding_h == 0 && s.padding_w == 0;
+// How many threads the rows of one image are for.
+inline int64_t sharers_of_image(const Step& s, int64_t threads) {
+  return ceil_div(threads, std::max<int64_t>(1, s.batch));
 }
 
 // Sparse convs. A 1x1 conv reads each input once for each block of outputs: many blocks at few
@@ -19,12 +20,16 @@ inline bool one_tap(const Step& s) {
 // share a pass over the weights.
 inline Step with_tile(const Step& step, int64_t threads) {
   Step s = step;
-  if (s.kind == kDenseConv && s.tile_rows == 0) s.tile_rows = 8;
+  if (s.kind == kDenseConv && s.tile_rows == 0) {
+    const int64_t fitting = std::max<int64_t>(1, ceil_div(s.out_height, 8));
+    const int64_t tiles = round_up(fitting, sharers_of_image(s, threads));
+    s.tile_rows = std::max<int64_t>(1, ceil_div(s.out_height, tiles));
+  }
   if (s.kind != kSparseConv || s.tile_pixels != 0) return s;
   const int64_t blocks = ceil_div(s.out_channels / s.groups, kLanes);
   const int64_t widest = one_tap(s) ? 4 : 2;
   s.tile_blocks = std::min(blocks, std::min<int64_t>(widest, kMaxBlocks));
-  const bool flat = one_tap(s) && s.stride_h == 1 && s.stride_w == 1;
+  const bool flat = is_flat(s);
   if (!flat && s.out_width % 7 == 0 && s.out_width < 14)
     s.tile_blocks = std::min<int64_t>(2, s.tile_blocks);
   const int64_t most = std::min<int64_t>(kMaxPixels, kReadOnceSums / s.tile_blocks);
@@ -38,7 +43,7 @@ inline Step with_tile(const Step& step, int64_t threads) {
   const int64_t row =
       std::max<int64_t>(1, s.width * round_up(s.channels, 16) * s.stride_h * element);
   const int64_t fitting = std::max<int64_t>(1, kPackedBytes / row);
-  const int64_t sharers = flat ? threads : ceil_div(threads, std::max<int64_t>(1, s.batch));
+  const int64_t sharers = flat ? threads : sharers_of_image(s, threads);
   const int64_t tiles = round_up(std::max<int64_t>(1, ceil_div(rows, fitting)), sharers);
   s.tile_rows = std::max<int64_t>(1, ceil_div(rows, tiles));
   const int64_t busiest = s.tile_rows * ceil_div(ceil_div(rows, s.tile_rows), sharers) * sharers;

@@ -38,6 +38,13 @@ SPRE_INLINE float number(BFloat16 x) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+inline bool one_tap(const Step& s) {
+  return s.kernel_h * s.kernel_w == 1 && s.padding_h == 0 && s.padding_w == 0;
+}
+
+// Whether each output pixel reads the input pixel of its own place, so that rows do not matter.
+inline bool is_flat(const Step& s) { return one_tap(s) && s.stride_h == 1 && s.stride_w == 1; }
+
 // The output rows of a step, cut into tiles of at most `unit` rows of one image.
 class RowTiles {
  public:
