@@ -18,6 +18,7 @@ from torchvision.models.resnet import BasicBlock
 from spre_fx.api import finalize, prepare
 from spre_fx.comparison import diff
 from spre_fx.costs import cost
+from spre_fx.dense_form import dense_view
 from spre_fx.dynamics import MaskDynamics
 from spre_fx.inspection import site_table, sites
 from spre_fx.plots import plot_spatial_sparsity
@@ -163,7 +164,9 @@ def test(models: dict[str, nn.Module], x: Tensor, y: Tensor, pictures: tuple[str
     *_, prepared, deployed = logits.values()
     return Results(
         accuracy={n: (z.argmax(1) == y).double().mean().item() for n, z in logits.items()},
-        parameters={n: sum(p.numel() for p in m.parameters()) for n, m in models.items()},
+        parameters={
+            n: sum(p.numel() for p in dense_view(m).parameters()) for n, m in models.items()
+        },
         nonzeros={n: sum(site.nonzeros for site in sites(m)) for n, m in models.items()},
         difference=(prepared - deployed).abs().max().item(),
         pictures=pictures,

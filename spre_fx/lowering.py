@@ -116,10 +116,9 @@ def choose_backend(model: nn.Module, name: str, *, stacklevel: int) -> Backend:
     """
     check_backend(name)
     device = next((p.device for p in model.parameters()), torch.device("cpu")).type
+    asked = name
     if name == "auto":
-        name = {"cpu": "cpu", "cuda": "cuda"}.get(device, "dense")
-        if name == "cpu" and engine.load() is None:
-            name = "dense"
+        name = device if device in ("cpu", "cuda") else "dense"
     elif name not in ("dense", device):
         raise OptionError(
             f"backend={name!r}: expected a model on that device, found one on {device!r}. Move it "
@@ -128,7 +127,8 @@ def choose_backend(model: nn.Module, name: str, *, stacklevel: int) -> Backend:
     if name == "cuda":
         return CUDABackend()
     if name == "cpu" and engine.load() is None:
-        warnings.warn(f"backend='cpu': {engine.why_not()}", stacklevel=stacklevel)
+        if asked == "cpu":
+            warnings.warn(f"backend='cpu': {engine.why_not()}", stacklevel=stacklevel)
         return DenseBackend(f"runs as an ordinary dense layer: {engine.why_not()}")
     return CPUBackend() if name == "cpu" else DenseBackend()
 

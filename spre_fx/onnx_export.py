@@ -67,7 +67,7 @@ class OnnxReport:
         if in_half > taken:
             parts.append(
                 "TensorRT 10 and older make float32 weights float16 with --fp16. Since 11 the file "
-                "itself has to be float16: export copy.deepcopy(deployed).half()."
+                "itself has to be float16: export spre_fx.to_dense(deployed).half()."
             )
         return "\n\n".join(parts)
 

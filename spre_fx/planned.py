@@ -130,9 +130,10 @@ class Plan:
         headers = ("step", "kind", "shape", "bytes", "in", "offset", "place used before")
         together = "" if self.images is None else f" for every {self.images} images of the batch"
         share = f" ({self.arena / self.activations:.0%})" if self.activations else ""
+        calls = "1 call" if self.engine_calls == 1 else f"{self.engine_calls} calls"
         return (
             f"{tabulate(table, headers, intfmt=',')}\n\n"
-            f"{self.engine_calls} calls of the engine{together}. Activations take {self.arena:,} "
+            f"{calls} of the engine{together}. Activations take {self.arena:,} "
             f"bytes of memory{share}, each in a place of its own {self.activations:,}."
         )
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import spre_fx
 from spre_fx import engine
 
 INFERENCE = Path(__file__).parent.parent / "benchmarks" / "inference"
@@ -257,7 +258,7 @@ def test_memory_is_that_of_the_network():
 
 
 def test_overhead_leaves_the_arithmetic_out():
-    if getattr(engine, "load", lambda: None)() is None:
+    if engine.load() is None:
         pytest.skip("the engine is not there")
     overhead = runpy.run_path(str(INFERENCE / "overhead.py"))
     network, x = overhead["narrow"]("1:4", 2)
@@ -267,3 +268,19 @@ def test_overhead_leaves_the_arithmetic_out():
         torch.testing.assert_close(network(x), expected)  # the engine is back
     with pytest.raises(RuntimeError, match="that runs on the engine, found one that does not"):
         overhead["without_engine"](lambda: None)
+
+
+@pytest.mark.skipif(engine.load() is None, reason="the engine is not there")
+@pytest.mark.parametrize(
+    ("layers", "found"),
+    [
+        ((nn.Conv2d(64, 64, 1), nn.Softplus(), nn.Conv2d(64, 64, 1)), "torch runs .*_1"),
+        ((nn.Conv2d(8, 8, 1),), "runs as a graph of dense layers"),  # the rule finds it too small
+    ],
+)
+def test_overhead_is_only_measured_where_the_engine_runs_everything(layers, found):
+    overhead = runpy.run_path(str(INFERENCE / "overhead.py"))
+    prepared = spre_fx.prepare(nn.Sequential(*layers), "1:4", branch=None)
+    x = torch.randn(1, layers[0].in_channels, 4, 4)
+    with pytest.raises(RuntimeError, match=f"engine runs whole, found: {found}"):
+        overhead["on_the_engine"](prepared, x)

@@ -144,10 +144,10 @@ def test_without_an_engine_cpu_warns_and_auto_runs_dense(monkeypatch: pytest.Mon
     with pytest.warns(UserWarning, match="backend='cpu': there is none") as caught:
         deployed = spre_fx.finalize(prepared(), "cpu")
     assert caught[0].filename == __file__
-    assert sparse_layers(deployed) == []
     note = "runs as an ordinary dense layer: there is none."
-    assert {site.note.partition("; ")[0] for site in spre_fx.sites(deployed)} == {note}
-    assert sparse_layers(spre_fx.finalize(prepared())) == []
+    for each in (deployed, spre_fx.finalize(prepared())):
+        assert sparse_layers(each) == []
+        assert {site.note.partition("; ")[0] for site in spre_fx.sites(each)} == {note}
 
 
 def test_example_inputs_that_do_not_fit_are_refused() -> None:

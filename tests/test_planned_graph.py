@@ -178,7 +178,7 @@ def test_a_residual_network_is_one_call_of_the_engine_in_little_memory() -> None
         "average pool",
     }
     assert plan.arena < 0.65 * plan.activations
-    assert "1 calls of the engine" in str(plan)
+    assert "1 call of the engine" in str(plan)
 
 
 def test_concatenations_are_written_in_place() -> None:

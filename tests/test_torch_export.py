@@ -8,22 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 from models import AuxiliaryHead, DropPath, Residual, TwoHeads
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 import spre_fx
+from spre_fx import engine
 
 SHAPE = (3, 8, 6, 6)
 
 
 def deploy(kind: type) -> GraphModule:
-    return spre_fx.finalize(spre_fx.prepare(kind(), "2:4"))
+    return spre_fx.finalize(spre_fx.prepare(kind(), "2:4"), "dense")
 
 
-def export(deployed: GraphModule) -> torch.export.ExportedProgram:
+def export(deployed: GraphModule, shape: tuple[int, ...] = SHAPE) -> torch.export.ExportedProgram:
     batch = {0: torch.export.Dim("batch")}
-    return torch.export.export(deployed, (torch.randn(SHAPE),), dynamic_shapes=(batch,))
+    return torch.export.export(deployed, (torch.randn(shape),), dynamic_shapes=(batch,))
 
 
 def results(module: object, x: Tensor) -> list[Tensor]:
@@ -61,6 +62,26 @@ assert torch.equal(torch.export.load("model.pt2").module()(io["x"]), io["y"])
 assert "spre_fx" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+@pytest.mark.skipif(engine.load() is None, reason="the engine is not there")
+def test_packed_layers_load_in_a_fresh_process_that_imports_their_operators(tmp_path):
+    layer = nn.Sequential(nn.Conv2d(64, 32, 3), nn.BatchNorm2d(32), nn.ReLU())
+    deployed, x = spre_fx.finalize(spre_fx.prepare(layer, "1:8"), "cpu"), torch.randn(3, 64, 6, 6)
+    torch.export.save(export(deployed, x.shape), tmp_path / "model.pt2")
+    torch.save({"x": x, "y": deployed(x)}, tmp_path / "io.pt")
+    code = """
+import sys, torch
+io = torch.load("io.pt", weights_only=True)
+import {}
+torch.testing.assert_close(torch.export.load("model.pt2").module()(io["x"]), io["y"])
+"""
+    for module, found in (("spre_fx.packed_ops", ""), ("spre_fx", "import the custom op")):
+        command = [sys.executable, "-c", code.format(module)]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert (run.returncode == 0) == (not found), run.stderr
+        assert found in run.stderr
+    assert "torch.ops.spre_fx.packed_conv2d.default" in run.stderr  # torch's error names the module
 
 
 @pytest.mark.slow  # compiles C++
