@@ -283,7 +283,7 @@ def _side_by_side(
     inputs: Sequence[Any], values: Mapping[Node, Value], program: PlannedProgram
 ) -> bool:
     """Whether images of a batch go through a program side by side, none looking at another."""
-    if not all(isinstance(item, Native) for item in program.items):
+    if not all(isinstance(item, Native) or type(item.run) is nn.Linear for item in program.items):
         return False
     if not all(isinstance(x, Tensor) and x.ndim > 1 for x in inputs):
         return False

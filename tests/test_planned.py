@@ -213,6 +213,19 @@ def test_images_that_meet_stay_together() -> None:
 
 @needs_engine
 @pytest.mark.usefixtures("pairs")
+def test_a_linear_that_torch_runs_takes_a_batch_in_parts() -> None:
+    pooled = nn.Sequential(conv(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    gm = graph_of(nn.Sequential(pooled, nn.Linear(8, 5)))
+    gm.set_submodule("1", nn.Linear(8, 5).requires_grad_(False))
+    found, x = plan_graph(copy.deepcopy(gm)), torch.randn(5, 8, 12, 10)
+    assert_same(found(x), gm(x))
+    (program,) = found._runs.programs.values()
+    assert isinstance(program, PlannedBatches)
+    assert [row.kind for row in program.plan.rows] == ["sparse conv", "average pool", "torch"]
+
+
+@needs_engine
+@pytest.mark.usefixtures("pairs")
 def test_inputs_of_several_batches_stay_together() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:

@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,28 @@ def test_commands_shown_are_commands_there_are():
         words = line.partition("#")[0].split()
         assert words[:3] == ["python", "-m", "spre_fx"]
         _parser().parse_args(words[3:])
+
+
+def test_the_table_of_speeds_is_of_the_rows_that_were_measured():
+    lines = (ROOT / "benchmarks" / "inference.jsonl").read_text().splitlines()
+    measured = {}
+    for row in map(json.loads, lines):
+        setting, times, fastest = row["setting"], row["milliseconds"], row["fastest"]
+        if (setting["model"], setting["pixels"]) != ("resnet50", 224):
+            continue
+        ratios = {
+            name: statistics.median(a / b for a, b in zip(times[fastest], ours, strict=True))
+            for name, ours in times.items()
+        }
+        key = f"{setting['dtype']}, {setting['batch']}, {setting['threads']}"
+        measured[key] = (statistics.median(times[fastest]), fastest, ratios)
+    (table,) = re.findall(r"^<!-- table: inference -->\n((?:\|.*\n)+)", README, re.M)
+    header, _, *rows = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()
+    )
+    assert len(rows) == 6
+    for key, fastest, *shown in rows:
+        milliseconds, engine_name, ratios = measured[key]
+        assert fastest.lower().replace(" ", "").startswith(engine_name)
+        assert f"{milliseconds:.3g} ms" in fastest
+        assert shown == [f"{ratios[pattern]:.2f}x" for pattern in header[2:]]
