@@ -27,6 +27,13 @@ def export(deployed: GraphModule, shape: tuple[int, ...] = SHAPE) -> torch.expor
     return torch.export.export(deployed, (torch.randn(shape),), dynamic_shapes=(batch,))
 
 
+def deploy_packed() -> GraphModule:
+    layers = (nn.Conv2d(64, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 48, 1))
+    deployed = spre_fx.finalize(spre_fx.prepare(nn.Sequential(*layers), "1:8"), "cpu")
+    assert [site.backend for site in spre_fx.sites(deployed)] == ["cpu", "cpu"]
+    return deployed
+
+
 def results(module: object, x: Tensor) -> list[Tensor]:
     with torch.no_grad():
         return tree_leaves(module(x))
@@ -47,6 +54,16 @@ def test_any_batch_from_a_file_has_the_same_bits(kind, tmp_path):
     module = torch.export.load(tmp_path / "model.pt2").module()
     for batch in (1, 2, 9):
         x = torch.randn(batch, *SHAPE[1:])
+        assert all(map(torch.equal, results(module, x), results(deployed, x)))
+
+
+@pytest.mark.skipif(engine.load() is None, reason="the engine is not there")
+def test_packed_layers_have_the_same_bits_from_a_file(tmp_path):
+    deployed = deploy_packed()
+    torch.export.save(export(deployed, (3, 64, 6, 6)), tmp_path / "model.pt2")
+    module = torch.export.load(tmp_path / "model.pt2").module()
+    for batch in (1, 2, 9):
+        x = torch.randn(batch, 64, 6, 6)
         assert all(map(torch.equal, results(module, x), results(deployed, x)))
 
 
@@ -85,15 +102,18 @@ torch.testing.assert_close(torch.export.load("model.pt2").module()(io["x"]), io[
 
 
 @pytest.mark.slow  # compiles C++
-def test_an_aot_inductor_package_agrees(tmp_path):
-    deployed = deploy(Residual)
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_aot_inductor_package_agrees(packed, tmp_path):
+    if packed and engine.load() is None:
+        pytest.skip("the engine is not there")
+    deployed, shape = (deploy_packed(), (3, 64, 6, 6)) if packed else (deploy(Residual), SHAPE)
     path = str(tmp_path / "model.pt2")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own code, compiling
-        made = torch._inductor.aoti_compile_and_package(export(deployed), package_path=path)
+        made = torch._inductor.aoti_compile_and_package(export(deployed, shape), package_path=path)
         package = torch._inductor.aoti_load_package(made)
     assert Path(made).stat().st_size > 0
     for batch in (1, 5):
-        x = torch.randn(batch, *SHAPE[1:])
+        x = torch.randn(batch, *shape[1:])
         (y,), (expected,) = results(package, x), results(deployed, x)
         assert (y - expected).abs().max() < 1e-5 * expected.abs().max()
