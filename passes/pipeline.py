@@ -23,10 +23,12 @@ from spre_fx.passes.modularise_calls import ModulariseCalls
 from spre_fx.passes.permute_channels import PermuteChannels
 from spre_fx.passes.policy import Policy
 from spre_fx.passes.specialise_to_eval import SpecialiseToEval
-from spre_fx.passes.wire_masks import BranchKind, WireMasks
+from spre_fx.passes.wire_masks import WireMasks
 from spre_fx.passes.wire_unstructured import WireUnstructured
 from spre_fx.schedules import Schedule
+from spre_fx.spatial_mask import SpRe
 from spre_fx.unstructured import UnstructuredMethod
+from spre_fx.weight_criteria import WeightCriterion
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,9 @@ def training_pipeline(
     method: MaskMethod,
     schedule: Schedule,
     *,
-    branch: BranchKind | None,
+    branch: SpRe | None,
     gamma: float,
-    criterion: Criterion | None = None,
+    criterion: Criterion | WeightCriterion | None = None,
     clock: MaskSchedule | None = None,
 ) -> Pipeline:
     """Dense graph -> training graph."""

@@ -6,17 +6,18 @@
 
 In the ablations of Fig. 5, B^S is B itself ("same") or B * not taps ("inverse").
 
-A schedule that counts steps becomes a node of its own, whose value goes to every layer.
+A schedule that counts steps becomes a node of its own, whose value goes to every layer; so does
+any schedule where live taps have a memory, which must be told of each training forward.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from spre_fx import masks, records
@@ -31,9 +32,9 @@ from spre_fx.passes.matcher import Site, SpReBranch, match_site
 from spre_fx.passes.policy import Policy
 from spre_fx.patterns import Pattern
 from spre_fx.schedules import Schedule
+from spre_fx.spatial_mask import SpatialMask, SpRe
 from spre_fx.subclasses import has_hooks
-
-BranchKind: TypeAlias = Literal["spre", "same", "inverse"]
+from spre_fx.weight_criteria import WeightCriterion
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,16 @@ class WireMasks(Pass):
         policy: The pattern of each layer.
         method: How a mask is chosen and what gradient the weights receive.
         schedule: At which training forwards the masks are recomputed.
-        branch: How B^S is made: as in Eq. 8, or by one of the ablations of Fig. 5.
-        criterion: How B^U is chosen where a user calls `update_taps`; None: by magnitude.
+        branch: How B^S is made: as in Eq. 8, or otherwise.
+        criterion: How B^U is chosen, with or without `update_taps`; None: by magnitude.
         clock: What counts the steps of a model of which this graph is only a part.
     """
 
     policy: Policy
     method: MaskMethod
     schedule: Schedule
-    branch: BranchKind = "spre"
-    criterion: Criterion | None = None
+    branch: SpRe = field(default_factory=SpRe)
+    criterion: Criterion | WeightCriterion | None = None
     clock: MaskSchedule | None = None
 
     def rewrite(self, graph_module: GraphModule) -> Account:
@@ -76,7 +77,8 @@ class WireMasks(Pass):
         return Account(tuple(applied), skipped)
 
     def _add_schedule(self, graph_module: GraphModule) -> Node | None:
-        if not self.schedule.counts_steps or self.clock is not None:
+        counts = self.schedule.counts_steps or self.branch.needs_memory(self.criterion)
+        if not counts or self.clock is not None:
             return None
         device = next(graph_module.parameters()).device
         schedule = MaskSchedule(self.schedule, self.method).to(device).train(graph_module.training)
@@ -100,15 +102,19 @@ class WireMasks(Pass):
                 call.args, call.kwargs = (input_of(call),), {"update": update}
         if isinstance(site, Site) and site.spre is not None:
             emit_masks(layer)
-            if self.criterion is not None:
-                layer.live_taps = self._criterion_taps(layer)
+            layer.live_taps = self._taps(layer) or layer.live_taps
+            site.spre.layer.straight_through = self.branch.straight_through
             _wire(site.conv, site.spre, self.branch)
 
-    def _criterion_taps(self, layer: NMLayer) -> CriterionTaps:
-        assert self.criterion is not None
-        taps = masks.live_taps(layer.weight, layer.pattern)
-        module = CriterionTaps(taps, layer.pattern, self.criterion, self.schedule)
-        return module.train(layer.training)
+    def _taps(self, layer: NMLayer) -> nn.Module | None:
+        """Live taps that are more than a function of the weights; None where they are not."""
+        taps: nn.Module | None = None
+        if isinstance(self.criterion, Criterion):
+            by_magnitude = masks.live_taps(layer.weight, layer.pattern)
+            taps = CriterionTaps(by_magnitude, layer.pattern, self.criterion, self.schedule)
+        elif self.branch.needs_memory(self.criterion):
+            taps = SpatialMask(layer.weight, layer.pattern, self.branch, self.criterion)
+        return taps and taps.train(layer.training)
 
     def ensures(self, graph_module: GraphModule) -> None:
         """Every SpRe branch takes its mask from a conv."""
@@ -126,19 +132,19 @@ class WireMasks(Pass):
                 )
 
 
-def _wire(conv: Node, spre: SpReBranch, branch: BranchKind) -> None:
+def _wire(conv: Node, spre: SpReBranch, branch: SpRe) -> None:
     graph, users = conv.graph, list(conv.users)
 
     def node(target: Callable[..., object], args: tuple[Node | int, ...], what: str) -> Node:
         return graph.create_node("call_function", target, args, name=f"{conv.name}_{what}")
 
     with graph.inserting_after(conv):  # each goes right behind the conv, so the last comes first
-        taps = node(operator.getitem, (conv, 2), "live_taps") if branch != "same" else None
+        taps = node(operator.getitem, (conv, 2), "live_taps") if branch.taps != "same" else None
         mask = node(operator.getitem, (conv, 1), "nm_mask")
         y = node(operator.getitem, (conv, 0), "y")
     for user in users:
         user.replace_input_with(conv, y)
-    if taps is not None and branch == "inverse":
+    if taps is not None and branch.taps == "inverse":
         with graph.inserting_after(taps):
             taps = node(torch.logical_not, (taps,), "dead_taps")
     spre_mask = mask

@@ -45,7 +45,9 @@ if TYPE_CHECKING:
     from spre_fx.plots import plot_spatial_sparsity
     from spre_fx.ranks import keep_masks_from_ddp
     from spre_fx.schedules import CubicRamp, EveryK, EveryStep, Freeze, Schedule
+    from spre_fx.spatial_mask import SpRe
     from spre_fx.unstructured import GMP, RigL, UnstructuredMethod
+    from spre_fx.weight_criteria import Change, RunningMean, WeightCriterion
 
 __version__ = "0.1.0"
 
@@ -55,6 +57,7 @@ __all__ = [
     "LBC",
     "SNIP",
     "SRSTE",
+    "Change",
     "ChannelPermutation",
     "Cost",
     "Criterion",
@@ -75,15 +78,18 @@ __all__ = [
     "Pattern",
     "PatternError",
     "RigL",
+    "RunningMean",
     "SavedFile",
     "Schedule",
     "SiteInfo",
+    "SpRe",
     "SpreError",
     "State",
     "Taylor",
     "TraceError",
     "UnstructuredMethod",
     "VerificationError",
+    "WeightCriterion",
     "adopt",
     "check_onnx",
     "cost",
@@ -103,6 +109,7 @@ __all__ = [
 
 _HOME = {
     "ASP": "methods",
+    "Change": "weight_criteria",
     "ChannelPermutation": "permutation",
     "Cost": "cost_report",
     "Criterion": "criteria",
@@ -119,14 +126,17 @@ _HOME = {
     "MaskMethod": "methods",
     "OnnxReport": "onnx_export",
     "RigL": "unstructured",
+    "RunningMean": "weight_criteria",
     "SNIP": "criteria",
     "SRSTE": "methods",
     "SavedFile": "file_ledger",
     "Schedule": "schedules",
     "SiteInfo": "inspection",
+    "SpRe": "spatial_mask",
     "State": "inspection",
     "Taylor": "criteria",
     "UnstructuredMethod": "unstructured",
+    "WeightCriterion": "weight_criteria",
     "adopt": "adoption",
     "check_onnx": "onnx_export",
     "cost": "costs",

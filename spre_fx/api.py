@@ -7,7 +7,7 @@ import gc
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -31,12 +31,14 @@ from spre_fx.passes.graph_view import GraphView
 from spre_fx.passes.pipeline import deployment_pipeline, training_pipeline
 from spre_fx.passes.policy import Policy
 from spre_fx.passes.regions import Region, assemble, divide, find_regions
-from spre_fx.passes.wire_masks import BranchKind
 from spre_fx.patterns import Pattern
 from spre_fx.ranks import keep_masks_from_ddp
 from spre_fx.schedules import Schedule
+from spre_fx.spatial_mask import SpRe
 from spre_fx.unstructured import GMP, RigL, UnstructuredMethod
+from spre_fx.weight_criteria import Change, RunningMean, WeightCriterion
 
+CriterionName: TypeAlias = Literal["magnitude", "running-mean", "change", "taylor", "snip", "grasp"]
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
@@ -66,12 +68,12 @@ def prepare(
     pattern: str | Pattern = "2:4",
     *,
     method: Literal["sr-ste", "asp", "lbc", "gmp", "rigl", "granet"] | MaskMethod = "sr-ste",
-    branch: Literal["auto", "spre", "same", "inverse"] | None = "auto",
+    branch: Literal["auto", "spre", "same", "inverse", "random"] | SpRe | None = "auto",
     exclude: str | type[nn.Module] | Sequence[str | type[nn.Module]] = (),
     overrides: Mapping[str, str | Pattern | None] | None = None,
     schedule: Schedule | None = None,
     spre_gamma: float | None = None,
-    criterion: Literal["magnitude", "taylor", "snip", "grasp"] | Criterion = "magnitude",
+    criterion: CriterionName | Criterion | WeightCriterion = "magnitude",
     depthwise: Literal["flat"] | None = None,
 ) -> nn.Module:
     """Make a model ready for N:M sparse training with Spatial Re-parameterization.
@@ -95,10 +97,11 @@ def prepare(
         method: "sr-ste" or "lbc" to train from scratch, "asp" to fine-tune pre-trained weights, or
             a `MaskMethod`. "gmp", "rigl" and "granet" are unstructured baselines: single weights
             are zeroed, at the sparsity 1 - N/M, in the layers the pattern could go on.
-        branch: "spre", None for the plain N:M method, or an ablation of Fig. 5: "same" for
-            B^S = B, "inverse" for B at the taps that are not live. (The paper's sentence on Inverse
-            repeats the rule of SpRe itself; it is taken to mean the complement.) "auto" is "spre"
-            for N:M methods, and None for unstructured ones, which can have no branch.
+        branch: "spre", None for the plain N:M method, or an ablation: "same" for B^S = B, "inverse"
+            for B at the taps that are not live (both Fig. 5), "random" for B at as many taps as are
+            live. (The paper's sentence on Inverse repeats the rule of SpRe itself; it is taken to
+            mean the complement.) A `SpRe` has more options. "auto" is "spre" for N:M methods, and
+            None for unstructured ones, which can have no branch.
         exclude: Layers to leave dense: names, globs, or module types. The name of a module with
             layers inside excludes them all.
         overrides: Name or glob -> another pattern, or None for dense. The last match wins.
@@ -108,9 +111,10 @@ def prepare(
         spre_gamma: Starting value of gamma of the SpRe branch's batch norm. Default: the method's,
             1 from scratch and 0 on pre-trained weights, where the network then computes at the
             first step what N:M alone computes. The 0 is our deviation; the paper starts at random.
-        criterion: How B^U is chosen, and with it the live taps. All but "magnitude" need gradients:
-            call `spre_fx.update_taps` in the training loop. Until its first call taps are those of
-            magnitude.
+        criterion: How B^U is chosen, and with it the live taps: by the magnitude of the weights, by
+            its "running-mean", or by their "change" since the first step. "taylor", "snip" and
+            "grasp" need gradients: call `spre_fx.update_taps` in the training loop. Until its first
+            call taps are those of magnitude.
         depthwise: What becomes of depthwise convs, whose filters have a single input channel to
             group. None: they stay dense. "flat": they are sparsified as in Tables 4 and 5 of the
             paper, in groups of M consecutive weights in the order (C_out, *kernel), which straddle
@@ -129,9 +133,9 @@ def prepare(
             uninitialised, on the meta device, or holds values that are not finite.
     """
     mask_method = _method(method)
-    branch_kind = _branch(branch, mask_method)
+    spre = _branch(branch, mask_method)
     mask_schedule = mask_method.schedule if schedule is None else schedule
-    scores = _criterion(criterion, branch_kind)
+    scores = _criterion(criterion, spre)
     policy = Policy(
         pattern=Pattern.parse(pattern),
         exclude=_by_name(model, (exclude,) if isinstance(exclude, str | type) else exclude),
@@ -152,14 +156,15 @@ def prepare(
     root = copy_model(model)
     regions = divide(root)
     policy.check(*(GraphView(region.graph_module) for region in regions))
-    clock = _clock(root, regions, mask_method, mask_schedule)
+    counted = mask_schedule.counts_steps or (spre is not None and spre.needs_memory(scores))
+    clock = _clock(root, regions, mask_method, mask_schedule, counted=counted)
     accounts = []
     for region in regions:
         passes = training_pipeline(
             policy,
             mask_method,
             mask_schedule,
-            branch=branch_kind,
+            branch=spre,
             gamma=mask_method.spre_gamma if spre_gamma is None else spre_gamma,
             criterion=scores,
             clock=clock,
@@ -243,7 +248,12 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _clock(
-    root: nn.Module, regions: list[Region], method: MaskMethod, schedule: Schedule
+    root: nn.Module,
+    regions: list[Region],
+    method: MaskMethod,
+    schedule: Schedule,
+    *,
+    counted: bool,
 ) -> MaskSchedule | None:
     """What counts the forwards of a model that is no graph, which could do it, but has graphs."""
     if not regions or (len(regions) == 1 and regions[0].names == ("",)):
@@ -254,7 +264,7 @@ def _clock(
             "since such a method looks at all its layers at once, found "
             f"{type(root).__name__}, which it can follow in parts only. Choose an N:M method."
         )
-    if not schedule.counts_steps or any(region.names == ("",) for region in regions):
+    if not counted or any(region.names == ("",) for region in regions):
         return None
     device = next(root.parameters()).device
     clock = MaskSchedule(schedule, method).to(device).train(root.training).remember()
@@ -322,43 +332,59 @@ def _by_name(
     return tuple(found)
 
 
-def _branch(branch: str | None, method: MaskMethod) -> BranchKind | None:
-    kinds: dict[str | None, BranchKind | None] = {
-        None: None,
-        "auto": None if isinstance(method, UnstructuredMethod) else "spre",
-        "spre": "spre",
-        "same": "same",
-        "inverse": "inverse",
-    }
-    if branch not in kinds:
-        raise OptionError(
-            f"branch={branch!r}: expected one of 'auto', 'spre', 'same', 'inverse' or None."
-        )
-    if isinstance(method, UnstructuredMethod) and kinds[branch] is not None:
+def _branch(branch: str | SpRe | None, method: MaskMethod) -> SpRe | None:
+    unstructured = isinstance(method, UnstructuredMethod)
+    if branch is None or (branch == "auto" and unstructured):
+        return None
+    if unstructured:
         raise OptionError(
             f"branch={branch!r}: expected None with {type(method).__name__}, whose masks are "
             "unstructured: a SpRe branch repairs the spatial sparsity of N:M masks."
         )
-    return kinds[branch]
+    known = {
+        "auto": SpRe(),
+        "spre": SpRe(),
+        "same": SpRe("same"),
+        "inverse": SpRe("inverse"),
+        "random": SpRe("random"),
+    }
+    if isinstance(branch, SpRe):
+        return branch
+    if branch not in known:
+        raise OptionError(f"branch={branch!r}: expected one of {list(known)}, a SpRe or None.")
+    return known[branch]
 
 
-def _criterion(criterion: str | Criterion, branch: BranchKind | None) -> Criterion | None:
-    known: dict[str, type[Criterion] | None] = {
+def _criterion(
+    criterion: str | Criterion | WeightCriterion, spre: SpRe | None
+) -> Criterion | WeightCriterion | None:
+    known: dict[str, Callable[[], Criterion | WeightCriterion] | None] = {
         "magnitude": None,
+        "running-mean": RunningMean,
+        "change": Change,
         "taylor": Taylor,
         "snip": SNIP,
         "grasp": GraSP,
     }
-    if isinstance(criterion, str) and criterion not in known:
-        raise OptionError(f"criterion={criterion!r}: expected one of {list(known)} or a Criterion.")
-    kind = known[criterion] if isinstance(criterion, str) else None
-    chosen = kind() if kind is not None else None
-    if isinstance(criterion, Criterion):
-        chosen = criterion
-    if chosen is not None and branch in (None, "same"):
+    if isinstance(criterion, Criterion | WeightCriterion):
+        chosen: Criterion | WeightCriterion | None = criterion
+    elif criterion in known:
+        kind = known[criterion]
+        chosen = None if kind is None else kind()
+    else:
         raise OptionError(
-            f"criterion={criterion!r}: expected branch='spre' or 'inverse', found {branch!r}, "
-            "which has no taps to choose."
+            f"criterion={criterion!r}: expected one of {list(known)}, a Criterion or a "
+            "WeightCriterion."
+        )
+    if chosen is not None and (spre is None or spre.taps == "same"):
+        raise OptionError(
+            f"criterion={criterion!r}: expected branch='spre' or 'inverse', found "
+            f"{spre and spre.taps!r}, which has no taps to choose."
+        )
+    if isinstance(chosen, Criterion) and spre is not None and spre.needs_memory(None):
+        raise OptionError(
+            f"criterion={criterion!r}: expected neither hysteresis, nor narrow, nor random taps, "
+            f"found {spre}: `update_taps` sets the taps of this criterion by its scores alone."
         )
     return chosen
 

@@ -119,7 +119,22 @@ def spatial_sparsity(mask: Tensor) -> Tensor:
     Returns:
         float64 tensor of shape `kernel`.
     """
-    return _count_per_tap(mask == 0).double() / mask.shape[:2].numel()
+    return count_per_tap(mask == 0).double() / mask.shape[:2].numel()
+
+
+def count_per_tap(mask: Tensor) -> Tensor:
+    """Number of set entries of a mask at each tap.
+
+    Summed over filters first: rows of C_in/groups * taps are long, rows of taps are not.
+
+    Args:
+        mask: `(C_out, C_in/groups, *kernel)`, bool.
+
+    Returns:
+        int64 tensor of shape `kernel`.
+    """
+    per_position = mask.reshape(len(mask), -1).sum(0, dtype=torch.int32)
+    return per_position.view(mask.shape[1], -1).sum(0).view(mask.shape[2:])
 
 
 def obeys(weight: Tensor, pattern: Pattern) -> bool:
@@ -183,7 +198,7 @@ def _unstructured_mask(weight: Tensor, n: int, m: int) -> Tensor:
 
 @torch.library.custom_op("spre_fx::live_taps", mutates_args=())
 def _live_taps(weight: Tensor, n: int, m: int) -> Tensor:
-    kept = _count_per_tap(_largest(weight, Pattern(n, m)).view(weight.shape))
+    kept = count_per_tap(_largest(weight, Pattern(n, m)).view(weight.shape))
     return kept * m > n * weight.shape[:2].numel()
 
 
@@ -275,12 +290,3 @@ def _largest_without_sync(magnitude: Tensor, count: int) -> Tensor:
 
 def _non_zeros_per_group(weight: Tensor, pattern: Pattern) -> Tensor:
     return _group_major(group_rows(weight != 0, pattern), pattern.m).sum(0)
-
-
-def _count_per_tap(mask: Tensor) -> Tensor:
-    """Number of set entries at each tap, int64 of shape `kernel`.
-
-    Summed over filters first: rows of C_in/groups * taps are long, rows of taps are not.
-    """
-    per_position = mask.reshape(len(mask), -1).sum(0, dtype=torch.int32)
-    return per_position.view(mask.shape[1], -1).sum(0).view(mask.shape[2:])

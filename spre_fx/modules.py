@@ -222,18 +222,37 @@ class NMLinear(NMLayer, nn.Linear):
         return nn.functional.linear(input, weight, self.bias)
 
 
+class _StraightThrough(torch.autograd.Function):
+    """Forward W * B; backward passes the gradient on to all of W, and none to B."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG004
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return gradients[0], None
+
+
 class SpReConv(nn.Module, _ConvForward):
     """Mixin of the SpRe branch's conv: y = conv(x; B^S * W^S), the second term of Eq. 9.
 
-    W^S takes the ordinary gradient, none outside the mask.
+    W^S takes the ordinary gradient, none outside the mask, unless it is passed straight through.
     """
 
     weight: Tensor
+    straight_through: bool = False
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Without a mask (before the masks are wired) the branch is dense."""
-        weight = self.weight if mask is None else self.weight * mask
+        weight = self.weight if mask is None else self._masked(mask)
         return self._conv_forward(input, weight, self.bias)
+
+    def _masked(self, mask: Tensor) -> Tensor:
+        if not self.straight_through:
+            return self.weight * mask
+        masked: Tensor = _StraightThrough.apply(self.weight, mask)
+        return masked
 
 
 class SpReConv1d(SpReConv, nn.Conv1d):
