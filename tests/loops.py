@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import spre_fx
-from spre_fx import CubicRamp, EveryK, Freeze
+from spre_fx import CubicRamp, EveryK, Freeze, RunningMean, SpRe
 from spre_fx.modules import NMLayer
 
 RAMP = CubicRamp(1, 9, every=2)
@@ -25,6 +25,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "rigl": {"method": "rigl", "schedule": Freeze(at=9, before=EveryK(2))},
     "granet": {"method": "granet", "schedule": RAMP},
     "taylor": {"criterion": "taylor", "schedule": EveryK(3)},
+    "steady taps": {
+        "criterion": RunningMean(0.5),
+        "branch": SpRe(hysteresis=0.2, narrow=CubicRamp(1, 9), straight_through=True),
+    },
+    "taps by change": {"criterion": "change", "branch": "random", "schedule": EveryK(2)},
 }
 OF_LAYERS = {name: RECIPES[name] for name in RECIPES if name not in ("gmp", "rigl", "granet")}
 SHAPE = (4, 8, 6, 6)

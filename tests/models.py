@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils._pytree import tree_leaves
 
-from spre_fx import SRSTE, EveryStep, MaskMethod, Pattern, Schedule
+from spre_fx import SRSTE, EveryStep, MaskMethod, Pattern, Schedule, SpRe
 from spre_fx.passes import PassResult, Policy, trace, training_pipeline
 
 
@@ -406,7 +406,7 @@ def prepare(
     """The training graph of a model, from the passes alone."""
     policy = Policy(Pattern.parse(pattern))
     how = method or SRSTE(), schedule or EveryStep()
-    passes = training_pipeline(policy, *how, branch=True, gamma=1.0)
+    passes = training_pipeline(policy, *how, branch=SpRe(), gamma=1.0)
     return randomise(passes(trace(model))[0])
 
 

@@ -62,6 +62,8 @@ METHODS = [
     {"method": "sr-ste", "branch": None},
     {"method": "sr-ste", "branch": "same"},
     {"method": "asp", "branch": "inverse"},
+    {"branch": "random", "criterion": "change"},
+    {"branch": spre_fx.SpRe(hysteresis=0.5, straight_through=True), "criterion": "running-mean"},
 ]
 
 

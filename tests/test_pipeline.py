@@ -6,7 +6,7 @@ from models import AuxiliaryHead, Residual, assert_same, kinds, run
 from torch import nn
 from torch.fx import GraphModule
 
-from spre_fx import SRSTE, EveryK, EveryStep, Pattern
+from spre_fx import SRSTE, EveryK, EveryStep, Pattern, SpRe
 from spre_fx.backends import DenseBackend
 from spre_fx.choice import Timings
 from spre_fx.modules import NMLayer
@@ -27,7 +27,7 @@ from spre_fx.passes import (
 )
 
 POLICY = Policy(Pattern(1, 4))
-TRAINING = training_pipeline(POLICY, SRSTE(), EveryStep(), branch="spre", gamma=0.5)
+TRAINING = training_pipeline(POLICY, SRSTE(), EveryStep(), branch=SpRe(), gamma=0.5)
 DEPLOYMENT = deployment_pipeline()
 
 

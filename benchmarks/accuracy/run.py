@@ -41,7 +41,6 @@ RECIPE = Recipe()
 SEARCH_SEEDS = range(100, 104)
 HEADLINE_SEEDS = range(24)
 TABLE_SEEDS = range(3)
-CONFIRM_SEEDS = range(50, 74)
 STAGES = ("search", "headline", "table", "confirm")
 
 
@@ -139,7 +138,7 @@ def work(jobs: list[Job], file: Path, workers: int) -> None:
         running = {pool.submit(run, job, RECIPE, cache): job for job in left}
         for future in as_completed(running):
             job = running[future]
-            row = row_of(job, future.result(), environment)
+            row = row_of(job, RECIPE, future.result(), environment)
             results.write(json.dumps(row) + "\n")
             results.flush()
             progress.set_description(f"{job.arm}, {job.pattern}: {row['accuracy']:.1%}")

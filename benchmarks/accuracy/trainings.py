@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,16 +70,17 @@ def run(job: Job, recipe: Recipe, cache: Path) -> dict[str, Any]:
         live taps in the end.
     """
     arm, data = ARMS[job.arm], patches(SPLITS[job.split])
+    weights = trained_dense(job, recipe, cache) if arm.starts_trained else None
     torch.manual_seed(job.seed)
     model = resnet().to(memory_format=torch.channels_last)
-    if arm.starts_trained:
-        model.load_state_dict(trained_dense(job, recipe, cache))
+    if weights is not None:
+        model.load_state_dict(weights)
     steps = round(job.epochs * STEPS_PER_EPOCH)
     prepared = arm.prepare(model, job.pattern, steps)
     seconds = train(prepared, data, steps, recipe, job.seed)
     row: dict[str, Any] = {"seconds": round(seconds, 2)}
     if arm.method is None:
-        torch.save(prepared.state_dict(), _dense_file(job, cache))
+        _save(prepared.state_dict(), _dense_file(job, recipe, cache))
         row["accuracy"] = accuracy(prepared, data)
         return row
     live = [site.live_taps for site in spre_fx.sites(prepared) if site.live_taps]
@@ -90,17 +92,24 @@ def run(job: Job, recipe: Recipe, cache: Path) -> dict[str, Any]:
 
 def trained_dense(job: Job, recipe: Recipe, cache: Path) -> dict[str, Tensor]:
     """The weights of the dense arm with the seed and split of a job, trained now if need be."""
-    file = _dense_file(job, cache)
+    file = _dense_file(job, recipe, cache)
     if not file.exists():
         run(Job("dense", "dense", job.seed, job.split, recipe.epochs), recipe, cache)
-        torch.manual_seed(job.seed)
     weights: dict[str, Tensor] = torch.load(file)
     return weights
 
 
-def _dense_file(job: Job, cache: Path) -> Path:
-    cache.mkdir(parents=True, exist_ok=True)
-    return cache / f"dense-{job.split}-{job.seed}.pt"
+def _dense_file(job: Job, recipe: Recipe, cache: Path) -> Path:
+    options = "-".join(str(value) for value in vars(recipe).values())
+    return cache / f"dense-{options}-{job.split}-{job.seed}.pt"
+
+
+def _save(weights: dict[str, Tensor], file: Path) -> None:
+    """Whole or not at all: another worker may be waiting for it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}")
+    torch.save(weights, part)
+    part.replace(file)
 
 
 def train(model: nn.Module, data: Patches, steps: int, recipe: Recipe, seed: int) -> float:
@@ -178,10 +187,13 @@ def step_times(arms: list[Arm], pattern: str, rounds: int) -> dict[str, float]:
     }
 
 
-def row_of(job: Job, outcome: dict[str, Any], versions: dict[str, str]) -> dict[str, Any]:
+def row_of(
+    job: Job, recipe: Recipe, outcome: dict[str, Any], versions: dict[str, str]
+) -> dict[str, Any]:
     """A row of the results."""
     return {
         "task": TASK,
+        **asdict(recipe),
         **asdict(job),
         "steps": round(job.epochs * STEPS_PER_EPOCH),
         **outcome,
