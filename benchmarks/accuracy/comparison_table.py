@@ -97,10 +97,10 @@ def _p(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _range(values: Iterable[int]) -> str:
+def _range(values: Iterable[float]) -> str:
     found = set(values)
     low, high = min(found), max(found)
-    return str(low) if low == high else f"{low} to {high}"
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def notes(results: Results, setting: Setting, comparisons: Sequence[Comparison]) -> list[str]:

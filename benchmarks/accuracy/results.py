@@ -57,7 +57,7 @@ class Run:
         pattern: N:M, or "dense".
         arm: How it was trained.
         seed: Of the initial weights and the order of the batches.
-        epochs: Passes over the training data.
+        epochs: Passes over the training data; those of a control need not be whole.
         steps: Steps of the optimiser.
         split: What `accuracy` was taken on: "validation", on which choices are made, or "test".
         accuracy: After the last epoch, a fraction.
@@ -69,7 +69,7 @@ class Run:
     pattern: str
     arm: str
     seed: int
-    epochs: int
+    epochs: float
     steps: int
     split: str
     accuracy: float
