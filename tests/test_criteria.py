@@ -153,5 +153,5 @@ def test_it_refuses_what_makes_no_sense():
 def test_a_criterion_needs_taps_to_choose(branch):
     with pytest.raises(spre_fx.OptionError, match="which has no taps to choose"):
         spre_fx.prepare(net(), "2:4", criterion="snip", branch=branch)
-    with pytest.raises(spre_fx.OptionError, match=r"'best': expected one of \['magnitude', 'tay"):
+    with pytest.raises(spre_fx.OptionError, match=r"'best': expected one of \['magnitude', 'run"):
         spre_fx.prepare(net(), "2:4", criterion="best")

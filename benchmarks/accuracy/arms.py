@@ -95,9 +95,13 @@ REMEDIES = [
     _remedy("SpRe, change", criterion="change"),
     _remedy("SpRe, SNIP", criterion="snip"),
     _remedy("SpRe, hysteresis", lambda _: SpRe(hysteresis=0.1)),
+    _remedy("SpRe, hysteresis 0.3", lambda _: SpRe(hysteresis=0.3)),
+    _remedy("SpRe, change, hysteresis", lambda _: SpRe(hysteresis=0.1), criterion="change"),
     _remedy("SpRe, narrowing", lambda steps: SpRe(narrow=CubicRamp(0, steps // 2))),
     _remedy("SpRe, straight-through", lambda _: SpRe(straight_through=True)),
     _remedy("Same, straight-through", lambda _: SpRe("same", straight_through=True)),
+    _remedy("SpRe, gamma from 0", spre_gamma=0.0),
+    _remedy("Same, gamma from 0", lambda _: SpRe("same"), spre_gamma=0.0),
     _remedy(
         "SpRe, narrowing, straight-through, running mean",
         lambda steps: SpRe(narrow=CubicRamp(0, steps // 2), straight_through=True),

@@ -53,7 +53,7 @@ the plain method, trained for as long as SpRe takes."""
 DRAWN = [PLAIN["SR-STE"], *BRANCHED["SR-STE"], CONTROLS["SR-STE"]]
 
 
-def control_epochs(file: Path) -> dict[tuple[str, str], float]:
+def control_epochs(file: Path, recipe: Recipe) -> dict[tuple[str, str], float]:
     """Epochs of each control, by its name and pattern: as long as its SpRe arm takes."""
     if not file.exists():
         arms = [PLAIN[method] for method in METHODS] + [BRANCHED[method][0] for method in METHODS]
@@ -66,14 +66,14 @@ def control_epochs(file: Path) -> dict[tuple[str, str], float]:
     measured = json.loads(file.read_text())["milliseconds"]
     return {
         (control.name, pattern): round(
-            RECIPE.epochs * times[control.same_time_as] / times[PLAIN[method].name], 1
+            recipe.epochs * times[control.same_time_as] / times[PLAIN[method].name], 1
         )
         for method, control in CONTROLS.items()
         for pattern, times in measured.items()
     }
 
 
-def work(jobs: list[Job], file: Path, workers: int) -> None:
+def work(jobs: list[Job], recipe: Recipe, file: Path, workers: int) -> None:
     """Make the runs that are missing, and append each to the file as soon as it is done."""
     done = {_key(row) for row in rows(file)}
     left = [job for job in jobs if _key(vars(job)) not in done]
@@ -84,10 +84,10 @@ def work(jobs: list[Job], file: Path, workers: int) -> None:
         file.open("a") as results,
         tqdm(total=len(left), unit="run", smoothing=0.05) as progress,
     ):
-        running = {pool.submit(run, job, RECIPE, cache): job for job in left}
+        running = {pool.submit(run, job, recipe, cache): job for job in left}
         for future in as_completed(running):
             job = running[future]
-            row = row_of(job, RECIPE, future.result(), environment)
+            row = row_of(job, recipe, future.result(), environment)
             results.write(json.dumps(row) + "\n")
             results.flush()
             progress.set_description(f"{job.arm}, {job.pattern}: {row['accuracy']:.1%}")
@@ -152,16 +152,20 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", metavar="stage", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
     parser.add_argument("--folder", type=Path, default=HERE, help="where results.jsonl is")
+    parser.add_argument("--epochs", type=float, default=RECIPE.epochs, help="of all but controls")
+    parser.add_argument("--seeds", type=int, help="of each stage, at most")
     parser.add_argument("--report", action="store_true", help="train nothing")
     options = parser.parse_args()
     if unknown := set(options.stages) - set(NAMES):
         parser.error(f"expected stages of {', '.join(NAMES)}, found {', '.join(sorted(unknown))}")
     file = options.folder / "results.jsonl"
     if not options.report:
-        epochs = control_epochs(options.folder / "step_times.json")
+        recipe = Recipe(epochs=options.epochs)
+        controls = control_epochs(options.folder / "step_times.json", recipe)
         for name in options.stages or NAMES:
             print(f"{name}:", flush=True)
-            work(stage(name, rows(file)).jobs(RECIPE, epochs), file, options.workers)
+            jobs = stage(name, rows(file)).jobs(recipe, controls, options.seeds)
+            work(jobs, recipe, file, options.workers)
     if options.report or not options.stages:
         report(file, options.folder.parent / "accuracy.md")
 

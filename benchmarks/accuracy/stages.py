@@ -44,12 +44,15 @@ class Stage:
     seeds: range
     split: str
 
-    def jobs(self, recipe: Recipe, epochs: Mapping[tuple[str, str], float]) -> list[Job]:
+    def jobs(
+        self, recipe: Recipe, epochs: Mapping[tuple[str, str], float], seeds: int | None = None
+    ) -> list[Job]:
         """Its runs, those of one seed next to one another.
 
         Args:
             recipe: Of all arms but the controls.
             epochs: Of each control, by its name and pattern.
+            seeds: How many at most; None: all.
         """
         return [
             Job(
@@ -59,7 +62,7 @@ class Stage:
                 split=self.split,
                 epochs=epochs.get((arm.name, pattern), recipe.epochs),
             )
-            for seed in self.seeds
+            for seed in self.seeds[:seeds]
             for arm, pattern in self.cells
         ]
 
