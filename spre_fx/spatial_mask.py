@@ -81,7 +81,8 @@ class SpatialMask(nn.Module):
 
     Attributes:
         mask: The live taps in force, bool of the shape of the kernel.
-        step: Training forwards so far.
+        step: Training forwards so far; calls, where code that is no graph calls a part of the model
+            several times in a forward.
         memory: What the criterion remembers, of the shape of the weight; None: nothing.
         order: Of "random", the place of each tap in the order in which they come alive.
     """

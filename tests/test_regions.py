@@ -265,6 +265,20 @@ def test_steps_are_forwards_of_the_whole_model() -> None:
     assert prepared.state_dict()["mask_schedule.step"] == 4
 
 
+def test_live_taps_with_a_memory_are_told_of_every_forward() -> None:
+    prepared = spre_fx.prepare(made(Opaque), "1:4", criterion="running-mean")
+    before = state(prepared)
+    train(prepared, steps=3)
+    after = prepared.state_dict()
+    steps = [name for name in after if name.endswith("live_taps.step")]
+    assert steps
+    assert all(after[name] == 3 for name in steps)
+    memory = [name for name in after if name.endswith("live_taps.memory")]
+    assert not any(torch.equal(after[name], before[name]) for name in memory)
+    prepared.eval()(torch.randn(1, 8, 6, 6, dtype=torch.float64))
+    assert all(prepared.state_dict()[name] == 3 for name in steps)
+
+
 def sites_of(build: Callable[[], nn.Module]) -> dict[str, spre_fx.SiteInfo]:
     return {site.name: site for site in spre_fx.sites(spre_fx.prepare(build(), "1:4"))}
 

@@ -14,8 +14,8 @@ many epochs the controls get. Then come the stages:
     search     remedies at 1:16, judged on the validation strip, which lies inside the training
                strip of all other stages
     headline   SR-STE, with SpRe and Same, and its control, at 1:16, with many seeds
-    table      every arm at every pattern
     confirm    the remedy that was best in the search, on the test strip, with the headline's seeds
+    table      every arm at every pattern
 """
 
 from __future__ import annotations
