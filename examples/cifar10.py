@@ -13,11 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torchvision.transforms import v2
+
 from recipes import cifar10_data, options, training
 from recipes.cifar10_data import CIFAR10
 from recipes.classification import Classification
 from recipes.resnet_cifar import ResNetCIFAR
-from torchvision.transforms import v2
 
 
 @dataclass(frozen=True, kw_only=True)
