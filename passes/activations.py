@@ -68,6 +68,8 @@ def _of_module(module: nn.Module) -> str | None:
 
 def in_place(view: GraphView, node: Node) -> bool:
     """Whether a node may write over its first argument."""
+    if node.op == "get_attr":  # it has none
+        return False
     module = view.module_of(node)
     if module is not None:
         return bool(getattr(module, "inplace", False))

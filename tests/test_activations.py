@@ -111,6 +111,14 @@ def test_writing_over_the_input(what: What, expected: bool) -> None:
     assert in_place(*node_of(what)) == expected
 
 
+def test_reading_a_parameter_writes_over_nothing() -> None:
+    graph, root = Graph(), nn.Module()
+    root.weight = nn.Parameter(torch.ones(2))
+    node = graph.get_attr("weight")
+    graph.output(node)
+    assert not in_place(GraphView(GraphModule(root, graph)), node)
+
+
 def test_operators_that_assign_write_over_their_input() -> None:
     names = {name.strip("_") for name in dir(Tensor) if name.startswith("__i")} & set(dir(operator))
     functions = [getattr(operator, name) for name in names - {"invert", "index"}]

@@ -1,0 +1,1 @@
+"""The paper's experiments: one training loop, and recipes that say what differs."""
