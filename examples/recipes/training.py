@@ -146,7 +146,9 @@ def _build(recipe: Recipe, options: Options, device: torch.device, steps_per_epo
     if options.pretrained is not None:
         checkpoints.load_pretrained(dense, options.pretrained)
     scaler = GradScaler(device.type, enabled=options.amp == "fp16")
-    model = prepare(dense, recipe, options, steps_per_epoch, scaler).to(device).train()
+    model = prepare(dense, recipe, options, steps_per_epoch, scaler)
+    recipe.prepared(model)
+    model = model.to(device).train()
     called: nn.Module = torch.compile(model) if options.compile else model
     if distributed.world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
