@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor, distributed, nn
+from torchvision.ops import masks_to_boxes
+
 from recipes import options
 from recipes.coco import Coco
 from recipes.evaluation import evaluate
 from recipes.loaders import evaluation_loader
-from torch import Tensor, distributed, nn
-from torchvision.ops import masks_to_boxes
 
 
 class ColourDetector(nn.Module):

@@ -63,11 +63,16 @@ def _read(path: Path) -> tuple[np.ndarray, list[int]]:
     try:
         with path.open("rb") as file:
             content = _Arrays(file, encoding="latin1").load()  # written by Python 2
-        data, labels = np.asarray(content["data"]), [int(label) for label in content["labels"]]
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+    except (pickle.UnpicklingError, EOFError, TypeError, ValueError) as error:
         raise RecipeError(
-            f"{path}: expected a batch of CIFAR-10, found another file ({error})"
+            f"{path}: expected a batch of CIFAR-10, found another file. {error}"
         ) from error
+    entries = sorted(map(str, content)) if isinstance(content, dict) else []
+    if not {"data", "labels"} <= {*entries}:
+        raise RecipeError(
+            f"{path}: expected 'data' and 'labels' in it, found {', '.join(entries) or 'neither'}."
+        )
+    data, labels = np.asarray(content["data"]), [int(label) for label in content["labels"]]
     if data.shape != (len(labels), 3072) or data.dtype != np.uint8:
         raise RecipeError(
             f"{path}: expected uint8 data of shape ({len(labels)}, 3072), one row per label, found "

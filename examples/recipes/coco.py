@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from recipes import checkpoints, coco_detectors, distributed
@@ -18,7 +18,7 @@ from recipes.coco_data import AspectRatioBatches, CocoImages, Split, splits
 from recipes.coco_evaluation import average_precision, detections
 from recipes.errors import RecipeError
 from recipes.logs import say
-from recipes.recipe import Batch, Recipe
+from recipes.recipe import Batch, EpochSampler, Recipe
 from recipes.schedules import warmup_steps
 
 
@@ -155,7 +155,7 @@ class Coco(Recipe):
         return [image for image, _ in samples], [target for _, target in samples]
 
     def training_batches(
-        self, data: Dataset[Any], sampler: Sampler[int], batch_size: int
+        self, data: Dataset[Any], sampler: EpochSampler, batch_size: int
     ) -> AspectRatioBatches:
         """Wide images together, and high ones, as in MMDetection."""
         assert isinstance(data, CocoImages)

@@ -21,6 +21,7 @@ from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms import v2
 
 from recipes.errors import RecipeError
+from recipes.recipe import EpochSampler
 
 _LAYOUT = """\
     train2017/*.jpg
@@ -202,7 +203,7 @@ class AspectRatioBatches(Sampler[list[int]]):
         batch_size: Images per batch.
     """
 
-    def __init__(self, sampler: Sampler[int], landscape: Sequence[bool], batch_size: int) -> None:
+    def __init__(self, sampler: EpochSampler, landscape: Sequence[bool], batch_size: int) -> None:
         self._sampler = sampler
         self._landscape = landscape
         self._batch_size = batch_size

@@ -35,11 +35,11 @@ class Detector(nn.Module):
         return self
 
 
-class FasterRCNN(Detector, detection.FasterRCNN):
+class FasterRCNN(Detector, detection.FasterRCNN):  # type: ignore[misc]
     """torchvision's Faster R-CNN, with batch norms that can be held."""
 
 
-class MaskRCNN(Detector, detection.MaskRCNN):
+class MaskRCNN(Detector, detection.MaskRCNN):  # type: ignore[misc]
     """torchvision's Mask R-CNN, with batch norms that can be held."""
 
 

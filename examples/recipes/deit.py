@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from timm.data import Mixup, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
-from timm.loss import SoftTargetCrossEntropy
+from timm.data.mixup import Mixup
+from timm.data.transforms_factory import create_transform
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import Dataset, Sampler
 from torchvision.datasets import ImageFolder
@@ -19,7 +20,7 @@ from torchvision.transforms import InterpolationMode
 from recipes import distributed, imagenet_data
 from recipes.errors import RecipeError
 from recipes.imagenet import ImageNet, centre
-from recipes.recipe import Batch
+from recipes.recipe import Batch, EpochSampler
 
 
 class DeiTSmall(VisionTransformer):
@@ -36,7 +37,7 @@ class DeiTSmall(VisionTransformer):
             drop_path_rate=0.1,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """`(N, 3, image_size, image_size)` -> logits `(N, classes)`."""
         logits: Tensor = super().forward(x)
         return logits
@@ -84,15 +85,16 @@ class DeiT(ImageNet):
             self.root, "val", centre(self.image_size, InterpolationMode.BICUBIC)
         )
 
-    def training_sampler(self, data: Dataset[Any], seed: int) -> Sampler[int]:
+    def training_sampler(self, data: Dataset[Any], seed: int) -> EpochSampler:
         """Three augmentations of each image it takes, a third of them in an epoch."""
         del seed  # timm's order is that of the epoch's number
-        return RepeatAugSampler(
+        sampler: EpochSampler = RepeatAugSampler(  # type: ignore[no-untyped-call]
             data, distributed.world_size(), distributed.rank(), num_repeats=3, selected_round=0
         )
+        return sampler
 
     def training_batches(
-        self, data: Dataset[Any], sampler: Sampler[int], batch_size: int
+        self, data: Dataset[Any], sampler: EpochSampler, batch_size: int
     ) -> Sampler[list[int]]:
         """Batches of an even size, which are mixed in pairs."""
         if batch_size % 2:
@@ -103,17 +105,17 @@ class DeiT(ImageNet):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy with the labels of images mixed by mixup or CutMix, and smoothed."""
-        mix = Mixup(
+        mix = Mixup(  # type: ignore[no-untyped-call]
             mixup_alpha=0.8,
             cutmix_alpha=1.0,
             label_smoothing=self.label_smoothing,
             num_classes=self.classes,
         )
         images, labels = mix(*batch)
-        loss: Tensor = SoftTargetCrossEntropy()(model(images), labels)
-        return loss
+        return F.cross_entropy(model(images), labels)
 
     def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
         """AdamW; biases, norms and embeddings do not decay."""
-        groups = param_groups_weight_decay(model, weight_decay, ("pos_embed", "cls_token"))
+        still = ("pos_embed", "cls_token")
+        groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=still)
         return AdamW(groups, lr)

@@ -56,7 +56,8 @@ def deploy(
     rows = [
         {"model": name, **metrics, "file": files.get(name, "")} for name, metrics in results.items()
     ]
-    show("Results", tabulate(rows, headers="keys", floatfmt=".3f"))
+    main = ", ".join(f"{name} {metrics[recipe.metric]:.3f}" for name, metrics in results.items())
+    show("Results", f"{tabulate(rows, headers='keys', floatfmt='.3f')}\n\n{recipe.metric}: {main}")
     return results
 
 

@@ -25,7 +25,7 @@ def start(wanted: str | None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise RecipeError(f"--device {wanted}: expected cpu or cuda.")
     if device.type == "cuda":
-        if device.index is None:
+        if ":" not in str(device):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if device.index >= torch.cuda.device_count():
             raise RecipeError(

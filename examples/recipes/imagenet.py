@@ -39,8 +39,12 @@ class ImageNet(Classification):
         if self.network == "mobilenet_v1":  # torchvision has none
             import timm  # noqa: PLC0415 - takes seconds
 
-            return timm.create_model("mobilenetv1_100", num_classes=self.classes)
-        return torchvision.models.get_model(self.network, weights=None, num_classes=self.classes)
+            mobilenet: nn.Module = timm.create_model("mobilenetv1_100", num_classes=self.classes)
+            return mobilenet
+        network: nn.Module = torchvision.models.get_model(
+            self.network, weights=None, num_classes=self.classes
+        )
+        return network
 
     def training_data(self) -> ImageFolder:
         """The folder `train`."""

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader
 
 from recipes import distributed
 from recipes.errors import RecipeError
 from recipes.options import Options
-from recipes.recipe import Recipe
+from recipes.recipe import EpochSampler, Recipe
 
 
 class DeviceBatches:
@@ -28,7 +28,7 @@ class DeviceBatches:
         self,
         loader: DataLoader[Any],
         device: torch.device,
-        sampler: DistributedSampler[Any] | None = None,
+        sampler: EpochSampler | None = None,
     ) -> None:
         self.device = device
         self._loader = loader

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +23,7 @@ class Log:
 
     Args:
         folder: Where they go.
-        settings: The first record of a new log.
+        settings: Its first record.
         epoch: The epochs behind; records of later ones, of a life that was killed, are dropped.
     """
 
@@ -30,9 +32,7 @@ class Log:
         self._writer: Any = None
         if not distributed.is_main():
             return
-        self._keep(epoch)
-        if not self._path.exists():
-            self.write({"settings": settings})
+        self._start({"settings": settings}, epoch)
         if importlib.util.find_spec("tensorboard") is None:
             say("TensorBoard is not installed: the log is log.jsonl alone")
         else:
@@ -40,17 +40,13 @@ class Log:
 
             self._writer = SummaryWriter(folder / "tensorboard", purge_step=epoch + 1)
 
-    def _keep(self, epoch: int) -> None:
-        """Drop what is of later epochs."""
-        if self._path.exists():
-            lines = self._path.read_text().splitlines()
-            kept = [
-                line
-                for line in lines
-                if "settings" in (record := json.loads(line))
-                or record.get("epoch", epoch + 1) <= epoch
-            ]
-            write_atomically(self._path, "".join(f"{line}\n" for line in kept).encode())
+    def _start(self, header: Mapping[str, Any], epoch: int) -> None:
+        """Begin with the header and the records up to an epoch, if any are there."""
+        text = self._path.read_text() if self._path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # the last line may have been cut off
+        records = map(json.loads, whole.splitlines())
+        kept = [header, *(each for each in records if each.get("epoch", math.inf) <= epoch)]
+        write_atomically(self._path, "".join(f"{json.dumps(each)}\n" for each in kept).encode())
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add a line."""
@@ -88,5 +84,7 @@ def show(title: str, text: object, path: Path | None = None) -> None:
 
 
 def progress(items: Iterable[T], title: str) -> tqdm[T]:
-    """A progress bar, on rank 0."""
-    return tqdm(items, desc=title, leave=False, disable=not distributed.is_main())
+    """A progress bar, on rank 0; a line a minute where it goes into a file."""
+    seconds = 0.1 if sys.stderr.isatty() else 60
+    main = distributed.is_main()
+    return tqdm(items, desc=title, leave=False, mininterval=seconds, disable=not main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -120,7 +121,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     add("--ema", type=float, metavar="DECAY", help="average the weights as well, such as 0.9999")
     add("--compile", action="store_true", help="train through torch.compile")
     add("--seed", type=int, default=0)
-    add("--workers", type=int, default=8, help="that load data, for each rank; default: 8")
+    workers = min(8, os.cpu_count() or 1)
+    add("--workers", type=int, default=workers, help="processes that load data, for each rank")
     add("--device", help="cpu or cuda; default: a GPU if there is one")
     add("--eval-every", type=int, default=1, metavar="EPOCHS", help="default: %(default)s")
     return made

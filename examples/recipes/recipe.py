@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,6 +15,15 @@ from torch.utils.data import BatchSampler, Dataset, DistributedSampler, Sampler,
 from recipes import distributed
 
 Batch = Any  # what `collate` returns, with its tensors on the device
+
+
+class EpochSampler(Protocol):
+    """Indices of samples, in another order each epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of an epoch, from 0."""
+
+    def __iter__(self) -> Iterator[int]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +108,14 @@ class Recipe(ABC):
         """Make a batch of samples."""
         return default_collate(samples)
 
-    def training_sampler(self, data: Dataset[Any], seed: int) -> DistributedSampler[Any]:
+    def training_sampler(self, data: Dataset[Any], seed: int) -> EpochSampler:
         """This rank's samples of an epoch, in random order, as many on every rank."""
         return DistributedSampler(
             data, distributed.world_size(), distributed.rank(), seed=seed, drop_last=True
         )
 
     def training_batches(
-        self, data: Dataset[Any], sampler: Sampler[int], batch_size: int
+        self, data: Dataset[Any], sampler: EpochSampler, batch_size: int
     ) -> Sampler[list[int]]:
         """The samples of `sampler` in batches of one rank, as many on every rank."""
         del data  # for those that put alike images together

@@ -112,10 +112,15 @@ def _run(recipe: Recipe, options: Options, device: torch.device) -> dict[str, di
     evaluation = evaluation_loader(recipe, options, device)
     settings = checkpoints.settings(recipe, options)
     state = checkpoints.load(checkpoint, settings) if checkpoint.exists() else None
+    if options.resume and state is None:
+        say(f"{checkpoint} is not there yet: starting at the first epoch")
     options.output.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(options.seed)
-    run = _build(recipe, options, device, len(training))
+    dense = recipe.model()
+    if options.pretrained is not None and state is None:
+        checkpoints.load_pretrained(dense, options.pretrained)
+    run = _build(dense, recipe, options, device, len(training))
     if state is not None:
         run.load(state)
         say(f"resumed {checkpoint} after epoch {run.epoch}")
@@ -140,16 +145,15 @@ def _run(recipe: Recipe, options: Options, device: torch.device) -> dict[str, di
     return results
 
 
-def _build(recipe: Recipe, options: Options, device: torch.device, steps_per_epoch: int) -> Run:
+def _build(
+    dense: nn.Module, recipe: Recipe, options: Options, device: torch.device, steps_per_epoch: int
+) -> Run:
     """The model, prepared, and all that trains it."""
-    dense = recipe.model()
-    if options.pretrained is not None:
-        checkpoints.load_pretrained(dense, options.pretrained)
     scaler = GradScaler(device.type, enabled=options.amp == "fp16")
     model = prepare(dense, recipe, options, steps_per_epoch, scaler)
     recipe.prepared(model)
     model = model.to(device).train()
-    called: nn.Module = torch.compile(model) if options.compile else model
+    called: nn.Module = torch.compile(model) if options.compile else model  # type: ignore[assignment]
     if distributed.world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
         called = DistributedDataParallel(called, device_ids=ids)

@@ -1,0 +1,123 @@
+"""Each recipe of examples/, end to end, on a few images in the format of its data."""
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from recipes_data import EXAMPLES, write_cifar10, write_imagenet
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import spre_fx
+from recipes import imagenet_data
+from recipes.imagenet import centre
+from spre_fx import State
+
+QUICK = ["--workers", "0", "--device", "cpu"]
+
+
+def run(script: str, *options: str | Path) -> None:
+    """Run an example as the command line does, in this process: imports take seconds."""
+    arguments = [str(EXAMPLES / script), *map(str, options)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", arguments)
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+def records(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def check_output(output: Path, epochs: int) -> tuple[torch.nn.Module, dict]:
+    """What every run leaves behind; returns the deployed model and the metrics."""
+    header, *epoch_records, last = records(output)
+    assert header["settings"]["epochs"] == epochs
+    assert [record["epoch"] for record in epoch_records] == list(range(1, epochs + 1))
+    assert all(record["loss"] > 0 and record["lr"] > 0 for record in epoch_records)
+    assert torch.load(output / "checkpoint.pt", weights_only=True)["epoch"] == epochs
+    results = last["results"]
+    trained, deployed = results["trained"], results["trained, deployed"]
+    assert trained == pytest.approx(deployed, rel=1e-4)
+    assert "N:M" in (output / "sites.txt").read_text()
+    assert "N:M" in (output / "diff.txt").read_text()
+    assert any((output / "tensorboard").iterdir())
+    return spre_fx.load(output / "deployed.safetensors"), results
+
+
+def imagenet_metrics(model: torch.nn.Module, root: Path, size: int) -> dict[str, float]:
+    """Counted by hand, over all images at once."""
+    data = imagenet_data.images(root, "val", centre(size))
+    ((images, labels),) = DataLoader(data, batch_size=len(data))
+    with torch.no_grad():
+        logits = model.eval()(images)
+    return {
+        "top1": 100 * float((logits.argmax(1) == labels).double().mean()),
+        "top5": 100.0,  # of three classes
+        "evaluation loss": float(F.cross_entropy(logits, labels)),
+    }
+
+
+def test_resnet32_on_cifar10(tmp_path, capsys):
+    data = write_cifar10(tmp_path / "data")
+    output = tmp_path / "run"
+    options = ["--pattern", "1:4", "--width", "4", "--batch-size", "8", "--epochs", "2"]
+    run(
+        "cifar10.py", "--data", data, "--output", output, *options, "--ema", "0.9",
+        "--workers", "1", "--device", "cpu",
+    )  # fmt: skip
+    deployed, results = check_output(output, epochs=2)
+    assert set(results) == {"trained", "trained, deployed", "EMA", "EMA, deployed"}
+    assert results["EMA"] == pytest.approx(results["EMA, deployed"], rel=1e-4)
+    averaged = spre_fx.load(output / "deployed-ema.safetensors")
+    assert not torch.equal(averaged.conv1.weight, deployed.conv1.weight)
+    patterns = {site.pattern for site in spre_fx.sites(deployed) if site.state is State.DEPLOYED}
+    assert patterns == {"1:4"}
+    printed = capsys.readouterr().out
+    assert "Results\n=======" in printed
+    assert f"top1: trained {results['trained']['top1']:.3f}, trained, deployed" in printed
+
+
+MODELS = {
+    "resnet50": pytest.param("resnet50", [], {State.NM, State.SPRE}, marks=pytest.mark.slow),
+    "mobilenet_v1": pytest.param("mobilenet_v1", ["--depthwise", "flat"], {State.NM, State.SPRE}),
+    "mobilenet_v2": pytest.param("mobilenet_v2", [], {State.NM}),
+    "deit_small": pytest.param("deit_small", [], {State.NM}),
+}
+
+
+@pytest.mark.parametrize(("model", "options", "states"), MODELS.values(), ids=MODELS)
+def test_imagenet(model, options, states, tmp_path):
+    data, output = write_imagenet(tmp_path / "data"), tmp_path / "run"
+    common = ["--model", model, "--image-size", "32", "--batch-size", "4", "--epochs", "1", *QUICK]
+    run("imagenet.py", "--data", data, "--output", output, *common, *options)
+    check_output(output, epochs=1)
+    sites = (output / "sites.txt").read_text()
+    found = re.findall(r"^\S+ {2,}(N:M \+ SpRe|N:M|skipped) ", sites, re.MULTILINE)
+    assert set(map(State, found)) == states | {State.SKIPPED}
+
+
+def test_two_processes_of_torchrun_count_each_image_once(tmp_path):
+    data, output = write_imagenet(tmp_path / "data"), tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    options = ["--model", "resnet18", "--image-size", "32", "--batch-size", "4", "--epochs", "1"]
+    script = [EXAMPLES / "imagenet.py", "--data", data, "--output", output, *options, *QUICK]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", *script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Results\n=======") == 1
+    deployed, results = check_output(output, epochs=1)
+    assert records(output)[0]["settings"]["world_size"] == 2
+    # Nine images: five for one rank, four for the other.
+    expected = imagenet_metrics(deployed, data, 32)
+    assert results["trained, deployed"] == pytest.approx(expected, rel=1e-4)
