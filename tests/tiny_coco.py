@@ -14,7 +14,7 @@ SIZES = [(96, 64), (64, 96), (90, 60), (60, 90), (80, 80), (96, 64)]  # width, h
 def write(root: Path) -> None:
     """Two objects in each image of both parts but the last; in the first, grey, a crowd too."""
     (root / "annotations").mkdir(parents=True)
-    for part, sizes in (("train", SIZES), ("val", SIZES[1:])):
+    for part, sizes in (("train", SIZES), ("val", SIZES[3:])):
         folder = root / f"{part}2017"
         folder.mkdir()
         images, annotations = [], []

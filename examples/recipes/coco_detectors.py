@@ -14,6 +14,7 @@ from recipes.errors import RecipeError
 ALL_BUT_RESNET = ("backbone.fpn", "rpn", "roi_heads")
 STEM = ("conv1", "bn1")
 _RESNET = "backbone.body"
+_SCHEDULE = "mask_schedule."
 
 
 class Detector(nn.Module):
@@ -94,6 +95,8 @@ def start_from(model: Detector, weights: Mapping[str, Any], source: object) -> N
             "ones. Train with the method and the pattern that they were trained with."
         )
     _load(body, weights, source)
+    schedule = {name: value for name, value in weights.items() if name.startswith(_SCHEDULE)}
+    model.load_state_dict(schedule, strict=False)  # masks that are kept go on from where they are
     freeze(model, (*STEM, "layer1") if was_sparse == is_sparse else STEM)
     if not was_sparse:
         for name, module in body.named_modules():
@@ -117,7 +120,7 @@ def _load(body: nn.Module, weights: Mapping[str, Any], source: object) -> None:
     if not is_prepared(weights):  # they have no SpRe branches and no masks
         missing = [name for name in missing if "_spre." not in name and ".nm_mask." not in name]
     # What belongs to a classifier as a whole, and not to its backbone.
-    unexpected = [name for name in unexpected if not name.startswith(("fc.", "mask_schedule."))]
+    unexpected = [name for name in unexpected if not name.startswith(("fc.", _SCHEDULE))]
     differing = [f"no {name}" for name in missing] + unexpected
     if differing:
         raise RecipeError(
