@@ -16,7 +16,7 @@ from recipes_data import EXAMPLES, write_cifar10
 from test_recipes import records, run
 from torch import Tensor
 
-OPTIONS = ["--pattern", "1:4", "--width", "4", "--batch-size", "8", "--epochs", "3"]
+OPTIONS = ["--pattern", "1:4", "--width", "4", "--batch-size", "8"]
 OPTIONS += ["--ema", "0.9", "--workers", "1", "--device", "cpu", "--resume"]
 
 
@@ -37,48 +37,82 @@ def assert_equal(found: Any, expected: Any, where: str) -> None:
         assert found == expected, where
 
 
+def assert_same_end(output: Path, expected: Path) -> None:
+    """Weights, optimizer, averages, log and deployed models."""
+    ours, theirs = (
+        torch.load(each / "checkpoint.pt", weights_only=True) for each in (output, expected)
+    )
+    assert_equal(ours, theirs, "checkpoint")
+    assert without_times(output) == without_times(expected)
+    for name in ("deployed.safetensors", "deployed-ema.safetensors"):
+        assert (output / name).read_bytes() == (expected / name).read_bytes()
+
+
 def without_times(output: Path) -> list[dict]:
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records(output)]
 
 
-def kill(command: list[str], checkpoint: Path, seconds: float) -> None:
-    """Start a run, and kill it and its workers so long after a checkpoint was written."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def start(command: list[str | Path]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*map(str, command)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        text=True,
+    )
+
+
+def wait_for_change(checkpoint: Path, process: subprocess.Popen[str]) -> None:
     before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
-    ) as process:
-        while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:
-            assert process.poll() is None, "it ended by itself"
-            time.sleep(0.01)
-        time.sleep(seconds)
-        os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("lives", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_ends_as_one_that_was_not(lives, tmp_path, capsys):
     data = write_cifar10(tmp_path / "data")
-    common = ["--data", data, *OPTIONS]
+    common = ["--data", data, *OPTIONS, "--epochs", str(lives + 1)]
     run("cifar10.py", *common, "--output", tmp_path / "whole")
 
     output = tmp_path / "killed"
-    command = [sys.executable, EXAMPLES / "cifar10.py", *common, "--output", output]
     moments = random.Random(0)
     for _ in range(1, lives):
-        kill([*map(str, command)], output / "checkpoint.pt", moments.uniform(0, 0.1))
-    log = output / "log.jsonl"
-    with log.open("a") as file:  # as a life leaves it that dies between log and checkpoint
-        file.write(json.dumps({"epoch": 3, "loss": 0.0}) + '\n{"epo')
+        command = [sys.executable, EXAMPLES / "cifar10.py", *common, "--output", output]
+        with start(command) as process:
+            wait_for_change(output / "checkpoint.pt", process)
+            time.sleep(moments.uniform(0, 0.1))
+            os.killpg(process.pid, signal.SIGKILL)  # its workers as well
+        assert process.returncode == -signal.SIGKILL
+    with (output / "log.jsonl").open("a") as file:
+        # As a life leaves it that dies between log and checkpoint, and while it writes.
+        file.write(json.dumps({"epoch": lives + 1, "loss": 0.0}) + '\n{"epo')
     capsys.readouterr()
     run("cifar10.py", *common, "--output", output)
-
     assert f"resumed {output / 'checkpoint.pt'} after epoch" in capsys.readouterr().out
-    ours, theirs = (
-        torch.load(each / "checkpoint.pt", weights_only=True)
-        for each in (output, tmp_path / "whole")
-    )
-    assert_equal(ours, theirs, "checkpoint")
-    assert without_times(output) == without_times(tmp_path / "whole")
-    for name in ("deployed.safetensors", "deployed-ema.safetensors"):
-        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert_same_end(output, tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sr-ste", "asp", "lbc"])
+def test_two_ranks_of_which_one_was_killed(method, tmp_path):
+    data = write_cifar10(tmp_path / "data")
+    dense = ["--method", "dense", "--epochs", "1"]
+    run("cifar10.py", "--data", data, *OPTIONS, "--output", tmp_path / "dense", *dense)
+    common = [EXAMPLES / "cifar10.py", "--data", data, *OPTIONS, "--method", method]
+    common += ["--pretrained", tmp_path / "dense" / "checkpoint.pt", "--epochs", "3"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node", "2"]
+    output = tmp_path / "killed"
+    with start([*torchrun, *common, "--output", output]) as process:
+        wait_for_change(output / "checkpoint.pt", process)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        printed, _ = process.communicate()
+    assert process.returncode == 1, printed
+    for each in (output, tmp_path / "whole"):
+        with start([*torchrun, *common, "--output", each]) as process:
+            printed, _ = process.communicate()
+        assert process.returncode == 0, printed
+    assert_same_end(output, tmp_path / "whole")

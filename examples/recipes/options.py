@@ -81,6 +81,11 @@ class Options:
         options.check()
         return options
 
+    @property
+    def checkpoint(self) -> Path:
+        """Where the run is kept."""
+        return self.output / "checkpoint.pt"
+
     def check(self) -> None:
         """Refuse what makes no sense together."""
         if self.method == "asp" and self.pretrained is None:

@@ -14,6 +14,7 @@ import random
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,7 @@ class Run:
     """What changes while a model trains.
 
     Attributes:
+        settings: All that decides what the run computes.
         model: What `prepare` returned; its weights are the ones that are trained.
         called: The same, as the loop calls it: compiled, and wrapped for several ranks.
         optimizer: Of `model`.
@@ -52,6 +54,7 @@ class Run:
         epoch: Epochs behind.
     """
 
+    settings: dict[str, Any]
     model: nn.Module
     called: nn.Module
     optimizer: Optimizer
@@ -62,6 +65,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
         return {
+            "settings": self.settings,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -102,47 +106,51 @@ def run(recipe: Recipe, options: Options) -> dict[str, dict[str, float]]:
 
 
 def _run(recipe: Recipe, options: Options, device: torch.device) -> dict[str, dict[str, float]]:
-    checkpoint = options.output / "checkpoint.pt"
-    if checkpoint.exists() and not options.resume:
+    if options.checkpoint.exists() and not options.resume:
         raise RecipeError(
-            f"--output {options.output}: expected a folder without a run, found {checkpoint}. Add "
-            "--resume to go on with it, or choose another folder."
+            f"--output {options.output}: expected a folder without a run, found "
+            f"{options.checkpoint}. Add --resume to go on with it, or choose another folder."
         )
     training = training_loader(recipe, options, device)
     evaluation = evaluation_loader(recipe, options, device)
-    settings = checkpoints.settings(recipe, options)
-    state = checkpoints.load(checkpoint, settings) if checkpoint.exists() else None
-    if options.resume and state is None:
-        say(f"{checkpoint} is not there yet: starting at the first epoch")
-    options.output.mkdir(parents=True, exist_ok=True)
-
-    torch.manual_seed(options.seed)
-    dense = recipe.model()
-    if options.pretrained is not None and state is None:
-        checkpoints.load_pretrained(dense, options.pretrained)
-    run = _build(dense, recipe, options, device, len(training))
-    if state is not None:
-        run.load(state)
-        say(f"resumed {checkpoint} after epoch {run.epoch}")
-    distributed.barrier()  # every rank has read the checkpoint
+    run = _start(recipe, options, device, len(training))
     if options.method != "dense":
         show("Sites", site_table(run.model), options.output / "sites.txt")
-    log = Log(options.output, settings, run.epoch)
-    while run.epoch < options.epochs:
-        start = time.monotonic()
-        values = {"loss": _train_epoch(run, recipe, options, training)}
-        values["lr"] = run.optimizer.param_groups[0]["lr"]
-        values["seconds"] = time.monotonic() - start
-        if run.epoch % options.eval_every == 0 or run.epoch == options.epochs:
-            values |= _evaluate(run.model, recipe, evaluation, options)
-        log.epoch(run.epoch, values)
-        if distributed.is_main():
-            checkpoints.save(checkpoint, run.state() | {"settings": settings})
-    models = {"trained": run.model} | ({} if run.ema is None else {"EMA": run.ema.module})
-    results = deployment.deploy(models, recipe, options, evaluation)
-    log.write({"results": results})
-    log.close()
+    with closing(Log(options.output, run.settings, run.epoch)) as log:
+        while run.epoch < options.epochs:
+            start = time.monotonic()
+            values = {"loss": _train_epoch(run, recipe, options, training)}
+            values["lr"] = run.optimizer.param_groups[0]["lr"]
+            values["seconds"] = time.monotonic() - start
+            if run.epoch % options.eval_every == 0 or run.epoch == options.epochs:
+                values |= _evaluate(run.model, recipe, evaluation, options)
+            log.epoch(run.epoch, values)
+            if distributed.is_main():
+                checkpoints.save(options.checkpoint, run.state())
+        models = {"trained": run.model} | ({} if run.ema is None else {"EMA": run.ema.module})
+        results = deployment.deploy(models, recipe, options, evaluation)
+        log.write({"results": results})
     return results
+
+
+def _start(recipe: Recipe, options: Options, device: torch.device, steps_per_epoch: int) -> Run:
+    """A new run, or one that goes on from its checkpoint."""
+    settings = checkpoints.settings(recipe, options)
+    resumed = options.checkpoint.exists()
+    state = checkpoints.load(options.checkpoint, settings) if resumed else None
+    torch.manual_seed(options.seed)
+    dense = recipe.model()
+    if options.pretrained is not None and not resumed:
+        checkpoints.load_pretrained(dense, options.pretrained)
+    run = _build(dense, recipe, options, device, steps_per_epoch)
+    if state is not None:
+        run.load(state)
+        say(f"resumed {options.checkpoint} after epoch {run.epoch}")
+    elif options.resume:
+        say(f"{options.checkpoint} is not there yet: starting at the first epoch")
+    options.output.mkdir(parents=True, exist_ok=True)
+    distributed.barrier()  # every rank has read the checkpoint
+    return run
 
 
 def _build(
@@ -163,7 +171,7 @@ def _build(
     ema = None
     if options.ema is not None:  # buffers are those of the model: counts and masks have no average
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
-    return Run(model, called, optimizer, scaler, ema)
+    return Run(checkpoints.settings(recipe, options), model, called, optimizer, scaler, ema)
 
 
 def _train_epoch(run: Run, recipe: Recipe, options: Options, batches: DeviceBatches) -> float:
@@ -181,7 +189,7 @@ def _train_epoch(run: Run, recipe: Recipe, options: Options, batches: DeviceBatc
         factor = recipe.lr_factor(run.epoch * len(batches) + number, len(batches), options.epochs)
         for group in run.optimizer.param_groups:
             group["lr"] = factor * group["peak_lr"]
-        with autocast(options, batches.device):
+        with _autocast(options, batches.device):
             loss = _sum(recipe.loss(run.called, batch))
         run.optimizer.zero_grad()
         run.scaler.scale(loss).backward()
@@ -221,7 +229,7 @@ def _seed(seed: int, epoch: int) -> None:
     torch.manual_seed(number)
 
 
-def autocast(options: Options, device: torch.device) -> torch.autocast:
+def _autocast(options: Options, device: torch.device) -> torch.autocast:
     """What --amp asks for."""
     dtype = torch.float16 if options.amp == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=options.amp != "off")
@@ -232,5 +240,5 @@ def _evaluate(
 ) -> dict[str, float]:
     """Metrics of a model that goes on training."""
     distributed.share_buffers(model)
-    with autocast(options, batches.device):
+    with _autocast(options, batches.device):
         return evaluate(model, recipe, batches)
