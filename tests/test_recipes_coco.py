@@ -15,6 +15,7 @@ from coco_ranks import measure
 from models import randomise
 from recipes_data import EXAMPLES
 from test_recipes import records, run
+from test_recipes_resume import assert_equal, start, wait_for_change, without_times
 from torch import nn
 from torchvision.transforms import v2
 
@@ -403,6 +404,24 @@ def test_it_runs_from_end_to_end(root, tmp_path, classifier):
     moved = "layer2.0.conv1_spre.weight"
     assert not torch.equal(state[f"backbone.body.{moved}"], classifier[moved])
     check_deployed(output / "deployed.pt", FasterRCNN)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_ends_as_one_that_was_not(root, tmp_path, classifier):
+    torch.save(classifier, tmp_path / "r18.pt")
+    common = ["--backbone", tmp_path / "r18.pt", "--epochs", 2, "--batch-size", 2, "--resume"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run("coco.py", *options(root, whole), *common)
+    command = [sys.executable, EXAMPLES / "coco.py", *options(root, killed), *common]
+    with start(command) as process:
+        wait_for_change(killed / "checkpoint.pt", process)
+        process.kill()
+    run("coco.py", *options(root, killed), *common)
+    ours, theirs = (
+        torch.load(each / "checkpoint.pt", weights_only=True) for each in (killed, whole)
+    )
+    assert_equal(ours, theirs, "checkpoint")
+    assert without_times(killed) == without_times(whole)
 
 
 @pytest.mark.slow
