@@ -49,7 +49,7 @@ CHECKS: dict[str, tuple[list[str], Callable[[str, Path], None]]] = {
 }
 
 
-RECIPES = {"cifar10.py", "imagenet.py"}  # run by tests/test_recipes.py
+RECIPES = {"cifar10.py", "imagenet.py", "coco.py"}  # run by tests/test_recipes*.py
 
 
 def test_no_example_is_forgotten():

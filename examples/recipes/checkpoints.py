@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from recipes import distributed
 from recipes.errors import RecipeError
@@ -67,21 +68,32 @@ def load(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_pretrained(model: nn.Module, path: Path) -> None:
-    """Load dense weights: a state_dict, or a checkpoint with one as "model" or "state_dict".
+    """Load the `weights` in a file into a dense model.
 
     Raises:
         RecipeError: If they are not there, or of another model.
     """
-    content = _read(path)
-    for key in ("model", "state_dict"):
-        content = content.get(key, content)
-    weights = {name.removeprefix("module."): value for name, value in content.items()}
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights(path))
     except (RuntimeError, AttributeError) as error:
         raise RecipeError(
             f"--pretrained {path}: expected the weights of this dense model, found others. {error}"
         ) from error
+
+
+def weights(path: Path) -> dict[str, Any]:
+    """A state_dict, or that of a checkpoint with one as "model" or "state_dict".
+
+    Its metadata are kept, which say what N:M weights are of.
+
+    Raises:
+        RecipeError: If it cannot be read.
+    """
+    content = _read(path)
+    for key in ("model", "state_dict"):
+        content = content.get(key, content)
+    consume_prefix_in_state_dict_if_present(content, "module.")  # DistributedDataParallel's
+    return content
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -56,6 +56,9 @@ class Recipe(ABC):
     def model(self) -> nn.Module:
         """The dense model with fresh weights, in training mode."""
 
+    def prepared(self, model: nn.Module) -> None:  # noqa: B027 - most start from what it is given
+        """Change, in place, what `prepare` returned, before it trains."""
+
     @abstractmethod
     def training_data(self) -> Dataset[Any]:
         """The training set, with `__len__`.

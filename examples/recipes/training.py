@@ -158,7 +158,9 @@ def _build(
 ) -> Run:
     """The model, prepared, and all that trains it."""
     scaler = GradScaler(device.type, enabled=options.amp == "fp16")
-    model = prepare(dense, recipe, options, steps_per_epoch, scaler).to(device).train()
+    model = prepare(dense, recipe, options, steps_per_epoch, scaler)
+    recipe.prepared(model)
+    model = model.to(device).train()
     called: nn.Module = torch.compile(model) if options.compile else model  # type: ignore[assignment]
     if distributed.world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
