@@ -213,3 +213,12 @@ def test_a_killed_benchmark_goes_on_where_it_stopped_and_leaves_no_worker(tmp_pa
     assert lines(file)[: len(kept)] == kept
     assert sorted(row["arm"] for row in rows) == sorted(arm.name for arm, _ in stage.cells)
     assert {row["steps"] for row in rows} == {3}
+
+
+def test_the_tables_are_of_the_results_that_are_kept(tmp_path):
+    script = importlib.import_module("run")
+    document = tmp_path / "accuracy.md"
+    script.report(ACCURACY / "results.jsonl", document)
+    kept = ACCURACY.parent / "accuracy.md"
+    assert document.read_text(encoding="utf-8") == kept.read_text(encoding="utf-8")
+    assert document.with_suffix(".png").stat().st_size > 10_000

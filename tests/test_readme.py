@@ -139,3 +139,24 @@ def test_the_table_of_speeds_is_of_the_rows_that_were_measured():
         assert fastest.lower().replace(" ", "").startswith(engine_name)
         assert f"{milliseconds:.3g} ms" in fastest
         assert shown == [f"{ratios[pattern]:.2f}x" for pattern in header[2:]]
+
+
+def cells(line: str) -> list[str]:
+    """Those of a row of a Markdown table."""
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def test_the_table_of_accuracies_is_of_the_tables_that_were_measured():
+    document = (ROOT / "benchmarks" / "accuracy.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^### 1:16\n\n((?:\|.*\n)+)", document, re.M)
+    measured = [
+        dict(zip(cells(header), cells(line), strict=True))
+        for header, _, *lines in map(str.splitlines, sections)
+        for line in lines
+    ]
+    (table,) = re.findall(r"^<!-- table: accuracy -->\n((?:\|.*\n)+)", README, re.M)
+    header, _, *rows = map(cells, table.splitlines())
+    assert len(rows) >= 6
+    for row in rows:
+        shown = dict(zip(header, row, strict=True))
+        assert any(shown.items() <= found.items() for found in measured), shown
