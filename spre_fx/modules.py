@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from spre_fx import masks
 from spre_fx.errors import ModelError
+from spre_fx.masked_weight import masked_weight
 from spre_fx.methods import MaskMethod
 from spre_fx.patterns import Pattern
 from spre_fx.scheduled_mask import ScheduledMask
@@ -232,7 +233,7 @@ class SpReConv(nn.Module, _ConvForward):
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Without a mask (before the masks are wired) the branch is dense."""
-        weight = self.weight if mask is None else self.weight * mask
+        weight = self.weight if mask is None else masked_weight(self.weight, mask)
         return self._conv_forward(input, weight, self.bias)
 
 
