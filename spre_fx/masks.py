@@ -5,27 +5,15 @@ number of them. Magnitudes are compared by their bits, which order as the number
 comparison is exact in every dtype; a NaN counts as larger than anything. Equal magnitudes go to
 the lower index, so the same weights give the same mask on every rank and device.
 
-Nothing here is recorded by autograd. The three selections are custom operators, hence opaque to
-`torch.compile`: code that Inductor generates for them takes longer to build, and on CPU to run,
-than these do. On CUDA none of the masks waits for the device; `obeys` does.
+Nothing here is recorded by autograd. On CUDA none of the masks waits for the device; `obeys` does.
 """
 
-from math import prod
-
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from spre_fx import mask_ops
 from spre_fx.errors import PatternError
 from spre_fx.patterns import Pattern
-
-_BITS = {
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-}
 
 
 def nm_mask(weight: Tensor, pattern: Pattern) -> Tensor:
@@ -46,7 +34,7 @@ def nm_mask(weight: Tensor, pattern: Pattern) -> Tensor:
         PatternError: If `weight` is not a floating-point tensor with two or more axes.
     """
     _check(weight)
-    rows: Tensor = _nm_mask(group_rows(weight.detach(), pattern), pattern.n, pattern.m)
+    rows: Tensor = mask_ops.nm_mask(group_rows(weight.detach(), pattern), pattern.n, pattern.m)
     mask = ungroup_rows(rows, weight.shape, pattern)
     return torch.empty_like(weight, dtype=torch.bool).copy_(mask) if pattern.flat else mask
 
@@ -68,7 +56,7 @@ def unstructured_mask(weight: Tensor, pattern: Pattern) -> Tensor:
         PatternError: If `weight` is not a floating-point tensor with two or more axes.
     """
     _check(weight)
-    mask: Tensor = _unstructured_mask(weight.detach(), pattern.n, pattern.m)
+    mask: Tensor = mask_ops.unstructured_mask(weight.detach(), pattern.n, pattern.m)
     return mask
 
 
@@ -89,7 +77,7 @@ def live_taps(weight: Tensor, pattern: Pattern) -> Tensor:
         PatternError: If `weight` is not a floating-point tensor with two or more axes.
     """
     _check(weight)
-    live: Tensor = _live_taps(weight.detach(), pattern.n, pattern.m)
+    live: Tensor = mask_ops.live_taps(weight.detach(), pattern.n, pattern.m)
     return live
 
 
@@ -119,22 +107,7 @@ def spatial_sparsity(mask: Tensor) -> Tensor:
     Returns:
         float64 tensor of shape `kernel`.
     """
-    return count_per_tap(mask == 0).double() / mask.shape[:2].numel()
-
-
-def count_per_tap(mask: Tensor) -> Tensor:
-    """Number of set entries of a mask at each tap.
-
-    Summed over filters first: rows of C_in/groups * taps are long, rows of taps are not.
-
-    Args:
-        mask: `(C_out, C_in/groups, *kernel)`, bool.
-
-    Returns:
-        int64 tensor of shape `kernel`.
-    """
-    per_position = mask.reshape(len(mask), -1).sum(0, dtype=torch.int32)
-    return per_position.view(mask.shape[1], -1).sum(0).view(mask.shape[2:])
+    return mask_ops.count_per_tap(mask == 0).double() / mask.shape[:2].numel()
 
 
 def obeys(weight: Tensor, pattern: Pattern) -> bool:
@@ -181,112 +154,13 @@ def ungroup_rows(rows: Tensor, shape: torch.Size, pattern: Pattern) -> Tensor:
     return rows.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
-@torch.library.custom_op("spre_fx::nm_mask", mutates_args=())
-def _nm_mask(weight: Tensor, n: int, m: int) -> Tensor:
-    magnitude = _group_major(weight, m).abs_().view(_BITS[weight.dtype])
-    kept = _first_largest(magnitude) if n == 1 else _rank(magnitude) < n
-    groups = torch.stack(kept.unbind(), 2)  # (C_out, groups, M, taps)
-    mask = groups.flatten(1, 2)[:, : weight.shape[1]].reshape(weight.shape)
-    return torch.empty_like(weight, dtype=torch.bool).copy_(mask)
-
-
-@torch.library.custom_op("spre_fx::unstructured_mask", mutates_args=())
-def _unstructured_mask(weight: Tensor, n: int, m: int) -> Tensor:
-    mask = _largest(weight, Pattern(n, m)).view(weight.shape)
-    return torch.empty_like(weight, dtype=torch.bool).copy_(mask)
-
-
-@torch.library.custom_op("spre_fx::live_taps", mutates_args=())
-def _live_taps(weight: Tensor, n: int, m: int) -> Tensor:
-    kept = count_per_tap(_largest(weight, Pattern(n, m)).view(weight.shape))
-    return kept * m > n * weight.shape[:2].numel()
-
-
-@_nm_mask.register_fake
-@_unstructured_mask.register_fake
-def _(weight: Tensor, *_: int) -> Tensor:
-    return torch.empty_like(weight, dtype=torch.bool)
-
-
-@_live_taps.register_fake
-def _(weight: Tensor, *_: int) -> Tensor:
-    return weight.new_empty(weight.shape[2:], dtype=torch.bool)
-
-
 def _check(weight: Tensor) -> None:
-    if weight.ndim < 2 or weight.dtype not in _BITS:
+    if weight.ndim < 2 or weight.dtype not in mask_ops.BITS:
         raise PatternError(
             "expected a floating-point weight of shape (C_out, C_in/groups, *kernel), found "
             f"{weight.dtype} of shape {tuple(weight.shape)}."
         )
 
 
-def _group_major(values: Tensor, m: int) -> Tensor:
-    """New tensor `(M, C_out, groups, taps)` of zero-padded groups.
-
-    With M in front, arithmetic between the members of a group runs over long contiguous rows
-    instead of short ones, which pays for the copy many times over.
-    """
-    flat = values.reshape(*values.shape[:2], prod(values.shape[2:]))
-    padding = -flat.shape[1] % m
-    if padding:
-        flat = F.pad(flat, (0, 0, 0, padding))
-    return torch.stack(flat.unflatten(1, (-1, m)).unbind(2))
-
-
-def _rank(magnitude: Tensor) -> Tensor:
-    """Rank of each member in its group, 0 for the largest, lower index first among equals.
-
-    Counts, for every distance between two members, who beats whom: M - 1 comparisons of blocks
-    instead of a sort.
-    """
-    rank = _members_after(magnitude).repeat(1, *magnitude.shape[1:])  # as if those won them all
-    for distance in range(1, len(magnitude)):
-        earlier_wins = (magnitude[:-distance] >= magnitude[distance:]).view(torch.int8)
-        rank[distance:] += earlier_wins
-        rank[:-distance] -= earlier_wins
-    return rank
-
-
-def _first_largest(magnitude: Tensor) -> Tensor:
-    """Mask of the largest member of each group, the one of lowest index among equals."""
-    largest = (magnitude == magnitude.amax(0)) * (_members_after(magnitude) + 1)
-    return largest == largest.amax(0)
-
-
-def _members_after(magnitude: Tensor) -> Tensor:
-    """How many members of its group follow each one, `(M, 1, 1, 1)`."""
-    m = len(magnitude)
-    dtype = torch.int8 if m < 128 else torch.int32
-    return torch.arange(m - 1, -1, -1, dtype=dtype, device=magnitude.device).view(m, 1, 1, 1)
-
-
-def _largest(weight: Tensor, pattern: Pattern) -> Tensor:
-    """Flat mask of the `pattern.kept(numel)` largest magnitudes, lower index first among equals."""
-    magnitude = weight.abs().flatten().view(_BITS[weight.dtype])
-    select = _largest_on_cpu if weight.device.type == "cpu" else _largest_without_sync
-    return select(magnitude, pattern.kept(weight.numel()))
-
-
-def _largest_on_cpu(magnitude: Tensor, count: int) -> Tensor:
-    """Select with NumPy's partition, several times faster than torch.kthvalue or topk."""
-    if magnitude.dtype == torch.int16:
-        magnitude = magnitude.int()  # NumPy partitions 32 bits with vector instructions, 16 rarely
-    threshold = int(np.partition(magnitude.numpy(), -count)[-count])
-    kept = magnitude >= threshold
-    surplus = int(kept.count_nonzero()) - count
-    if surplus:
-        ties = (magnitude == threshold).nonzero()[:, 0]
-        kept[ties[-surplus:]] = False
-    return kept
-
-
-def _largest_without_sync(magnitude: Tensor, count: int) -> Tensor:
-    threshold = magnitude.topk(count, sorted=False).values.amin()
-    kept = magnitude > threshold
-    ties = magnitude == threshold
-    return kept | (ties & (ties.cumsum(0) <= count - kept.sum()))
-
-
 def _non_zeros_per_group(weight: Tensor, pattern: Pattern) -> Tensor:
-    return _group_major(group_rows(weight != 0, pattern), pattern.m).sum(0)
+    return mask_ops.group_major(group_rows(weight != 0, pattern), pattern.m).sum(0)

@@ -21,6 +21,7 @@ from torch.amp import GradScaler
 
 from spre_fx import masks
 from spre_fx.errors import OptionError
+from spre_fx.masked_weight import StraightThroughDecay, masked_weight
 from spre_fx.patterns import Pattern
 from spre_fx.permutation import ChannelPermutation
 from spre_fx.scheduled_mask import ScheduledMask
@@ -92,24 +93,6 @@ class MaskMethod(ABC):
         """
 
 
-class _StraightThroughDecay(torch.autograd.Function):
-    """Forward B * W; backward passes the gradient g on as g + decay * (1 - B) * W."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float | Tensor) -> Tensor:
-        is_tensor = isinstance(decay, Tensor)
-        ctx.save_for_backward(weight, mask, *([decay] if is_tensor else []))
-        ctx.decay = None if is_tensor else decay
-        return weight * mask
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        weight, mask, *scaled = ctx.saved_tensors
-        (gradient,) = gradients
-        decay = scaled[0] if scaled else ctx.decay
-        return torch.where(mask, gradient, gradient + decay * weight), None, None
-
-
 @dataclass(frozen=True)
 class SRSTE(MaskMethod):
     """SR-STE (Zhou et al., ICLR 2021): magnitude masks, straight-through gradient, sparse decay.
@@ -155,7 +138,7 @@ class SRSTE(MaskMethod):
         if self.decay and self.scaler is None and weight.requires_grad and _in_float16(weight):
             _warn_of_unscaled_decay()
         decay = self._scaled_decay(weight.device)
-        masked: Tensor = _StraightThroughDecay.apply(weight, mask, decay)
+        masked: Tensor = StraightThroughDecay.apply(weight, mask, decay)
         return masked
 
     def _scaled_decay(self, device: torch.device) -> float | Tensor:
@@ -221,4 +204,4 @@ class ASP(MaskMethod):
 
     def masked(self, weight: Tensor, mask: Tensor) -> Tensor:
         """B * W, with the ordinary gradient B * g."""
-        return weight * mask
+        return masked_weight(weight, mask)

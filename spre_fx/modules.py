@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from spre_fx import masks
 from spre_fx.errors import ModelError
+from spre_fx.masked_weight import masked_weight
 from spre_fx.methods import MaskMethod
 from spre_fx.patterns import Pattern
 from spre_fx.scheduled_mask import ScheduledMask
@@ -250,7 +251,7 @@ class SpReConv(nn.Module, _ConvForward):
 
     def _masked(self, mask: Tensor) -> Tensor:
         if not self.straight_through:
-            return self.weight * mask
+            return masked_weight(self.weight, mask)
         masked: Tensor = _StraightThrough.apply(self.weight, mask)
         return masked
 

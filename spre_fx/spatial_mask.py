@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spre_fx import masks
 from spre_fx.errors import OptionError
+from spre_fx.mask_ops import count_per_tap
 from spre_fx.modules import inside_backward
 from spre_fx.patterns import Pattern
 from spre_fx.scheduled_mask import may_be_true
@@ -134,7 +135,7 @@ class SpatialMask(nn.Module):
         scores = weight
         if self.memory is not None and self.criterion is not None:
             scores = self.criterion.scores(self.memory, weight)
-        kept = masks.count_per_tap(masks.unstructured_mask(scores, self.pattern))
+        kept = count_per_tap(masks.unstructured_mask(scores, self.pattern))
         share = 1 + self.options.hysteresis * (1 - 2 * self.mask.double())
         if self.options.narrow is not None:
             share = share * (1 - self.options.narrow.left(self.step))

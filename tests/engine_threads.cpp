@@ -1,5 +1,6 @@
-// Runs programs of every kind of step on threads of its own, two programs at once, for
-// ThreadSanitizer: a data race, or a result that depends on the number of threads, is an error.
+// Runs programs of every kind of step, and what training asks for, on threads of its own, two at
+// once, for ThreadSanitizer: a data race, or a result that depends on the number of threads, is an
+// error.
 //
 // Compiled with -DENGINE="<one of the engine's .cpp files>".
 #include ENGINE
@@ -90,9 +91,38 @@ std::vector<float> run(int64_t threads, unsigned seed) {
   return std::vector<float>(y, y + kNumbers);
 }
 
-}  // namespace
+// The masks of a weight, which are made of few magnitudes so that there are ties, then the weight
+// masked and a gradient, all behind one another.
+std::vector<float> train(int64_t threads, unsigned seed) {
+  constexpr int64_t kFilters = 37, kWeights = kFilters * kChannels * kTaps;
+  std::vector<float> weight(kWeights), all(2 * kWeights);
+  for (float& x : weight)
+    x = static_cast<float>(static_cast<int32_t>((seed = seed * 1664525u + 1013904223u)) >> 24) / 64;
+  std::vector<uint8_t> mask(kWeights);
+  std::vector<int64_t> per_tap(kTaps);
+  const spre::OpenMP openmp = {parallel, number, count};
+  spre::Weight w = {weight.data(), sizeof(float), kFilters, kChannels, kTaps, 0};
+  for (int64_t channels_last : {0, 1}) {
+    w.channels_last = channels_last;
+    struct alignas(64) Line {
+      char bytes[64];
+    };
+    std::vector<Line> scratch(spre_count_scratch(&w, threads) / 64 + 1);
+    spre_count_largest(&w, kWeights / 3, per_tap.data(), scratch.data(), threads, &openmp);
+    all.insert(all.end(), per_tap.begin(), per_tap.end());
+    spre_nm_mask(&w, 2, 4, mask.data(), threads, &openmp);
+    all.insert(all.end(), mask.begin(), mask.end());
+  }
+  spre_mask_weight(weight.data(), mask.data(), all.data(), sizeof(float), kWeights, threads,
+                   &openmp);
+  spre_decay_gradient(all.data(), weight.data(), mask.data(), all.data() + kWeights, sizeof(float),
+                      kWeights, .5, threads, &openmp);
+  return all;
+}
 
-int main() {
+// Whether a function gives the same on any number of threads, with another run of it beside.
+template <class Run>
+bool same_on_all_threads(Run run) {
   const std::vector<float> expected[] = {run(1, 1), run(1, 2)};
   bool same = expected[0] != expected[1];
   for (int64_t threads : {2, 3, 5}) {
@@ -101,8 +131,16 @@ int main() {
     found[1] = run(threads, 2);
     other.join();
     for (int i = 0; i < 2; ++i)
-      same = same && std::memcmp(found[i].data(), expected[i].data(), kNumbers * 4) == 0;
+      same = same && found[i].size() == expected[i].size() &&
+             std::memcmp(found[i].data(), expected[i].data(), found[i].size() * 4) == 0;
   }
+  return same;
+}
+
+}  // namespace
+
+int main() {
+  const bool same = same_on_all_threads(run) && same_on_all_threads(train);
   if (!same) std::fprintf(stderr, "results depend on the number of threads\n");
   return same ? 0 : 1;
 }

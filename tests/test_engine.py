@@ -8,19 +8,22 @@ from pathlib import Path
 import pytest
 
 from spre_fx import OptionError, engine
-from spre_fx.engine import Activation, Kind, Step, Type, library
+from spre_fx.engine import Activation, Kind, Step, Type, Weight, library
 
-HEADER = (Path(engine.__file__).parent / "engine.h").read_text()
+SOURCES = Path(engine.__file__).parent
+HEADER = (SOURCES / "engine.h").read_text()
+TRAINING_HEADER = (SOURCES / "training.h").read_text()
 
 
 def source(version: int, supported: str = "") -> str:
     """A library of another version, or that supports only some of the instruction sets."""
+    others = set(library._FUNCTIONS) - {"spre_supports", "spre_takes", "spre_scratch"}
     return f"""#include <string.h>
     long long spre_version() {{ return {version}; }}
     long long spre_supports(const char* isa) {{ return strstr("{supported}", isa) != 0; }}
     long long spre_takes(const void* step) {{ return 0; }}
     long long spre_scratch(const void* steps, long long n, long long threads) {{ return threads; }}
-    void spre_run() {{}}
+    {"".join(f"void {name}() {{}}" for name in sorted(others))}
     """
 
 
@@ -48,6 +51,22 @@ def test_the_fields_of_a_step_are_those_of_the_header():
     assert [name for line in lines for name in line.split(", ")] == [
         name for name, _ in Step._fields_
     ]
+
+
+def test_the_fields_of_a_weight_are_those_of_the_header():
+    struct = re.search(r"struct Weight \{(.*?)\};", TRAINING_HEADER, re.S)[1]
+    lines = re.findall(r"(?:const void\*|int64_t) ([\w, ]+);", struct)
+    assert [name for line in lines for name in line.split(", ")] == [
+        name for name, _ in Weight._fields_
+    ]
+
+
+def test_every_function_has_the_arguments_of_its_header():
+    headers = re.sub(r"//.*", "", HEADER + TRAINING_HEADER)
+    declared = re.findall(r"(spre_\w+)\((.*?)\);", headers, re.S)
+    found = {name: len([a for a in arguments.split(",") if a]) for name, arguments in declared}
+    loaded = {name: len(arguments) for name, (arguments, _) in library._FUNCTIONS.items()}
+    assert found == loaded | {"spre_version": 0, "spre_isa": 0}
 
 
 @pytest.mark.parametrize("enum", [Kind, Activation, Type])

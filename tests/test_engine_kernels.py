@@ -11,6 +11,7 @@ import pytest
 import torch
 from engine_cases import KINDS, Draw, Fenced, dtypes, fenced
 from torch.nn import functional as F
+from training_cases import CALLS
 
 from spre_fx import engine, weight_layout
 from spre_fx.engine import Activation, Engine, Kind, Step, Type, library
@@ -38,6 +39,13 @@ def test_every_kind_computes_what_torch_does(each_engine, kind, threads):
             case = KINDS[kind](Draw(100 * threads + seed, dtype))
             assert each_engine.takes(case.step)
             case.run(each_engine, threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("call", CALLS)
+def test_what_training_asks_for_is_what_torch_computes(each_engine, call, threads):
+    for seed in range(30):
+        CALLS[call](each_engine, 100 * threads + seed, threads)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -172,11 +180,8 @@ def test_programs_run_at_once_do_not_meet(each_engine):
 
 def flags(isa: str) -> list[str]:
     """How setup compiles a library, without the optimisation."""
-    tomllib = pytest.importorskip("tomllib")
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    modules = settings["tool"]["setuptools"]["ext-modules"]
-    module = next(module for module in modules if module["name"].endswith(f"._{isa}"))
-    return [flag for flag in module["extra-compile-args"] if flag != "-O3"]
+    build = pytest.importorskip("spre_fx.engine.build")
+    return [flag for flag in (*build.FLAGS, *build.ISAS[isa]) if flag != "-O3"]
 
 
 def output(command: list[str | Path], **environment: str) -> str:
@@ -207,12 +212,12 @@ def test_the_address_and_undefined_behaviour_sanitizers_find_nothing(each_engine
         output(["g++", f"-print-file-name={name}"])
         for name in ("libasan.so", "libubsan.so", "libstdc++.so.6")
     ]
-    cases = Path(__file__).with_name("engine_cases.py")
-    output(
-        [sys.executable, cases, tmp_path, each_engine.isa, "100"],
-        LD_PRELOAD=" ".join(runtimes),
-        ASAN_OPTIONS="detect_leaks=0",
-    )
+    for cases in ("engine_cases.py", "training_cases.py"):
+        output(
+            [sys.executable, Path(__file__).with_name(cases), tmp_path, each_engine.isa, "100"],
+            LD_PRELOAD=" ".join(runtimes),
+            ASAN_OPTIONS="detect_leaks=0",
+        )
 
 
 @pytest.mark.slow

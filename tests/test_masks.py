@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from weights import weights
 
 from spre_fx import masks
 from spre_fx.errors import PatternError
@@ -26,25 +27,8 @@ class Case(NamedTuple):
     pattern: Pattern
 
 
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    m = draw(st.integers(2, 9) | st.sampled_from([16, 32]))
-    n = draw(st.just(1) | st.integers(1, m - 1))
-    kernel = draw(st.lists(st.integers(1, 3), max_size=3))
-    shape = (draw(st.integers(1, 4)), draw(st.integers(1, 2 * m + 1)), *kernel)
-    dtype = draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    weight = torch.randn(shape, generator=generator)
-    match draw(st.sampled_from(["distinct", "ties", "sparse", "zero"])):
-        case "ties":
-            weight = weight.round()
-        case "sparse":
-            weight = torch.where(weight > 0.5, weight, -0.0)
-        case "zero":
-            weight = torch.zeros(shape)
-    if draw(st.booleans()) and len(kernel) == 2:
-        weight = weight.to(memory_format=torch.channels_last)
-    return Case(weight.to(dtype), Pattern(n, m))
+def cases() -> st.SearchStrategy[Case]:
+    return weights().map(lambda drawn: Case(*drawn))
 
 
 def by_tap(weight: Tensor) -> Tensor:
@@ -103,15 +87,6 @@ def test_unstructured_mask_keeps_the_largest_of_the_layer(case: Case) -> None:
     mask = masks.unstructured_mask(weight, case.pattern)
     assert mask.stride() == weight.stride()
     assert torch.equal(mask, unstructured(weight, n, m))
-
-
-@many
-@given(cases())
-def test_selection_without_a_host_sync_is_the_same(case: Case) -> None:
-    magnitude = case.weight.abs().flatten().view(masks._BITS[case.weight.dtype])
-    count = case.pattern.kept(len(magnitude))
-    expected = unstructured(case.weight, case.pattern.n, case.pattern.m)
-    assert torch.equal(masks._largest_without_sync(magnitude, count), expected.flatten())
 
 
 @many
@@ -267,13 +242,6 @@ def test_compiled_once_for_all_values() -> None:
             -torch.ones(8, 10, 3, 3),
         ):
             assert all(map(torch.equal, compiled(weight), spre(weight)))
-
-
-@pytest.mark.parametrize("op", ["nm_mask", "unstructured_mask", "live_taps"])
-@pytest.mark.parametrize("shape", [(4, 8), (4, 6, 3), (4, 6, 3, 3)], ids=str)
-def test_operators_keep_the_rules_of_torch_library(op: str, shape: tuple[int, ...]) -> None:
-    operator = getattr(torch.ops.spre_fx, op).default
-    torch.library.opcheck(operator, (torch.randn(shape), 2, 4))
 
 
 @pytest.mark.cuda

@@ -2,3 +2,4 @@
 #include "vector_avx512.h"
 // Every other header is written in the vectors above.
 #include "run.h"
+#include "run_training.h"

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from setuptools.command.build_ext import build_ext
 
-_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]
+FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-_ISAS = {
+ISAS = {
     "avx512_bf16": [*_AVX512, "-mavx512bf16"],
     "avx512": _AVX512,
     "avx2": ["-mavx2", "-mfma"],
@@ -30,5 +30,5 @@ class BuildEngines(build_ext):
         self.parallel = True
         for extension in self.extensions or ():
             source = Path(extension.sources[0])
-            extension.extra_compile_args = [*_FLAGS, *_ISAS[source.stem]]
+            extension.extra_compile_args = [*FLAGS, *ISAS[source.stem]]
             extension.depends = [str(header) for header in source.parent.glob("*.h")]

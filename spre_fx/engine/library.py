@@ -8,13 +8,15 @@ import os
 from dataclasses import dataclass, field
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from spre_fx.engine.program import Program, Step
+from spre_fx.engine.training import Weight
 from spre_fx.errors import OptionError
 
-VERSION = 2  # of engine.h
+VERSION = 3  # of engine.h and training.h
 VARIABLE = "SPRE_FX_ENGINE"
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # the best first
 
@@ -26,6 +28,26 @@ _NOT_INSTALLED = (
 
 class _OpenMP(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("parallel", "thread", "threads")]
+
+
+_INTEGER, _ADDRESS, _STEPS = ctypes.c_int64, ctypes.c_void_p, ctypes.POINTER(Step)
+_ON_THREADS = (_INTEGER, ctypes.POINTER(_OpenMP))
+_WEIGHT = ctypes.POINTER(Weight)
+_FUNCTIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
+    "spre_supports": ((ctypes.c_char_p,), _INTEGER),
+    "spre_takes": ((_STEPS,), _INTEGER),
+    "spre_scratch": ((_STEPS, _INTEGER, _INTEGER), _INTEGER),
+    "spre_run": ((_STEPS, _INTEGER, ctypes.POINTER(_ADDRESS), _ADDRESS, *_ON_THREADS), None),
+    "spre_largest_m": ((), _INTEGER),
+    "spre_nm_mask": ((_WEIGHT, _INTEGER, _INTEGER, _ADDRESS, *_ON_THREADS), None),
+    "spre_count_scratch": ((_WEIGHT, _INTEGER), _INTEGER),
+    "spre_count_largest": ((_WEIGHT, _INTEGER, _ADDRESS, _ADDRESS, *_ON_THREADS), None),
+    "spre_mask_weight": ((*(_ADDRESS,) * 3, _INTEGER, _INTEGER, *_ON_THREADS), None),
+    "spre_decay_gradient": (
+        (*(_ADDRESS,) * 4, _INTEGER, _INTEGER, ctypes.c_double, *_ON_THREADS),
+        None,
+    ),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +87,62 @@ class Engine:
         addresses = (ctypes.c_void_p * len(buffers))(*buffers)
         threads = self._threads(threads)
         self._library.spre_run(steps, len(steps), addresses, scratch, threads, self._openmp)
+
+    def largest_m(self) -> int:
+        """The largest M that `nm_mask` takes."""
+        return int(self._library.spre_largest_m())
+
+    def nm_mask(self, weight: Weight, n: int, m: int, mask: int, threads: int) -> None:
+        """Write the N:M mask of a weight to an address: a byte a number, in the same place.
+
+        Nothing is checked, here and below.
+        """
+        threads = self._threads(threads)
+        self._library.spre_nm_mask(weight, n, m, mask, threads, self._openmp)
+
+    def count_scratch(self, weight: Weight, threads: int) -> int:
+        """Bytes of scratch, aligned to 64, that `count_largest` needs on so many threads."""
+        return int(self._library.spre_count_scratch(weight, self._threads(threads)))
+
+    def count_largest(
+        self, weight: Weight, kept: int, per_tap: int, scratch: int, threads: int
+    ) -> None:
+        """Count the `kept` largest magnitudes at each tap, lower index first among equals.
+
+        Args:
+            weight: Of fewer than 2^31 numbers.
+            kept: One or more of them.
+            per_tap: The address of an int64 for each tap.
+            scratch: The address of as much scratch as `count_scratch` says.
+            threads: How many to run on, of torch's OpenMP runtime.
+        """
+        threads = self._threads(threads)
+        self._library.spre_count_largest(weight, kept, per_tap, scratch, threads, self._openmp)
+
+    def mask_weight(
+        self, *, weight: int, mask: int, y: int, itemsize: int, count: int, threads: int
+    ) -> None:
+        """Write weight * mask to `y`: `count` numbers of 4 or 8 bytes at these addresses."""
+        threads = self._threads(threads)
+        self._library.spre_mask_weight(weight, mask, y, itemsize, count, threads, self._openmp)
+
+    def decay_gradient(
+        self,
+        *,
+        gradient: int,
+        weight: int,
+        mask: int,
+        y: int,
+        itemsize: int,
+        count: int,
+        decay: float,
+        threads: int,
+    ) -> None:
+        """Write gradient + decay * (1 - mask) * weight, likewise."""
+        threads = self._threads(threads)
+        self._library.spre_decay_gradient(
+            gradient, weight, mask, y, itemsize, count, decay, threads, self._openmp
+        )
 
     def _threads(self, threads: int) -> int:
         return 1 if self._openmp is None else threads
@@ -153,17 +231,9 @@ def _open(path: Path) -> ctypes.CDLL | str:
             f"{path} was compiled for version {version} of the engine and this is version "
             f"{VERSION}, so N:M layers run as dense ones: reinstall spre_fx."
         )
-    integer, steps = ctypes.c_int64, ctypes.POINTER(Step)
-    library.spre_supports.argtypes, library.spre_supports.restype = (ctypes.c_char_p,), integer
-    library.spre_takes.argtypes, library.spre_takes.restype = (steps,), integer
-    library.spre_scratch.argtypes = (steps, integer, integer)
-    library.spre_scratch.restype = integer
-    addresses = ctypes.POINTER(ctypes.c_void_p)
-    library.spre_run.argtypes = (
-        *(steps, integer, addresses, ctypes.c_void_p, integer),
-        ctypes.POINTER(_OpenMP),
-    )
-    library.spre_run.restype = None
+    for name, (arguments, result) in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, result
     return library
 
 

@@ -105,7 +105,6 @@ struct Job {
   char* scratch;
   int64_t thread_scratch;
   int64_t planned;
-  const OpenMP* openmp;
   Barrier* barrier;
 };
 
@@ -119,9 +118,7 @@ inline void work(const Job& job, int64_t thread, int64_t threads) {
 
 }  // namespace spre
 
-#define SPRE_EXPORT extern "C" __attribute__((visibility("default")))
-
-SPRE_EXPORT int64_t spre_version() { return 2; }
+SPRE_EXPORT int64_t spre_version() { return 3; }
 
 SPRE_EXPORT const char* spre_isa() { return spre::kIsa; }
 
@@ -168,13 +165,7 @@ SPRE_EXPORT void spre_run(const spre::Step* steps, int64_t count, void* const* b
                 static_cast<char*>(scratch),
                 spre::thread_scratch(steps, count, threads),
                 threads,
-                openmp,
                 &barrier};
-  if (openmp == nullptr || threads == 1) return spre::work(job, 0, 1);
-  const auto run = [](void* data) {
-    const spre::Job& shared = *static_cast<spre::Job*>(data);
-    const int64_t thread = shared.openmp->thread(), threads = shared.openmp->threads();
-    spre::work(shared, thread, threads);
-  };
-  openmp->parallel(run, &job, static_cast<unsigned>(threads), 0);
+  spre::in_parallel(openmp, threads,
+                    [&job](int64_t thread, int64_t threads) { spre::work(job, thread, threads); });
 }

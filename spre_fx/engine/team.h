@@ -54,4 +54,20 @@ struct Worker {
   int64_t last(int64_t tasks) const { return tasks * (thread + 1) / threads; }
 };
 
+// `work(thread, threads)` on so many threads, or fewer if OpenMP gives fewer.
+template <class Work>
+void in_parallel(const OpenMP* openmp, int64_t threads, const Work& work) {
+  if (openmp == nullptr || threads == 1) return work(int64_t{0}, int64_t{1});
+  struct Shared {
+    const OpenMP* openmp;
+    const Work* work;
+  } shared = {openmp, &work};
+  const auto run = [](void* data) {
+    const Shared& s = *static_cast<const Shared*>(data);
+    const int64_t thread = s.openmp->thread(), threads = s.openmp->threads();
+    (*s.work)(thread, threads);
+  };
+  openmp->parallel(run, &shared, static_cast<unsigned>(threads), 0);
+}
+
 }  // namespace spre

@@ -8,7 +8,9 @@
 
 #include "engine.h"
 
+#define SPRE_EXPORT extern "C" __attribute__((visibility("default")))
 #define SPRE_INLINE static inline __attribute__((always_inline))
+#define SPRE_NOINLINE __attribute__((noinline))
 // Loops over registers, which exist only in the unrolled code, and loops that must stay loops.
 #ifdef __clang__
 #define UNROLLED_FOR _Pragma("clang loop unroll(full)") for

@@ -1,0 +1,37 @@
+// A weight and its mask, in one pass each way.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "types.h"
+
+namespace spre {
+
+template <class Number>
+void mask_weight(const Number* __restrict weight, const uint8_t* __restrict mask,
+                 Number* __restrict y, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) y[i] = weight[i] * static_cast<Number>(mask[i]);
+}
+
+// Adds -0, which changes no number, where the mask is 1. Choosing by bits what is added keeps the
+// compiler from rounding product and sum as one, which would not be what torch computes.
+template <class Number>
+void decay_gradient(const Number* __restrict gradient, const Number* __restrict weight,
+                    const uint8_t* __restrict mask, Number* __restrict y, int64_t count,
+                    Number decay) {
+  using Bits = std::conditional_t<sizeof(Number) == sizeof(uint32_t), uint32_t, uint64_t>;
+  constexpr Bits kSign = ~(~Bits{0} >> 1);
+  for (int64_t i = 0; i < count; ++i) {
+    const Number product = decay * weight[i];
+    const Bits kept = Bits{0} - mask[i];
+    Bits bits;
+    std::memcpy(&bits, &product, sizeof(bits));
+    bits = (bits & ~kept) | (kSign & kept);
+    Number added;
+    std::memcpy(&added, &bits, sizeof(bits));
+    y[i] = gradient[i] + added;
+  }
+}
+
+}  // namespace spre

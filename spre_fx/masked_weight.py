@@ -1,0 +1,85 @@
+"""B * W and its gradients, on a CPU in one pass over the weight each way.
+
+The operators are for eager mode. What they compute is elementwise, and `torch.compile` joins such
+operations with their surroundings where it sees them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spre_fx import native_masks
+
+
+def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
+    """B * W, with the ordinary gradient B * g.
+
+    Args:
+        weight: W, `(C_out, C_in/groups, *kernel)`.
+        mask: B, of the same shape. If it is not bool, as that of LBC, it has a gradient too.
+    """
+    if _for_operators(weight) and mask.dtype == torch.bool:
+        masked: Tensor = _mask_weight(weight, mask)
+        return masked
+    return weight * mask
+
+
+class StraightThroughDecay(torch.autograd.Function):
+    """Forward B * W; backward passes the gradient g on as g + decay * (1 - B) * W."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float | Tensor) -> Tensor:
+        """B * W; decay is a number, or a tensor of shape ()."""
+        is_tensor = isinstance(decay, Tensor)
+        ctx.save_for_backward(weight, mask, *([decay] if is_tensor else []))
+        ctx.decay = None if is_tensor else decay
+        return masked_weight(weight, mask)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient of W."""
+        weight, mask, *scaled = ctx.saved_tensors
+        (gradient,) = gradients
+        # With create_graph=True autograd has to see what is computed.
+        if _for_operators(weight) and not scaled and not torch.is_grad_enabled():
+            return _decay_gradient(gradient, weight, mask, ctx.decay), None, None
+        return _decayed(gradient, weight, mask, scaled[0] if scaled else ctx.decay), None, None
+
+
+def _for_operators(weight: Tensor) -> bool:
+    return weight.is_cpu and not torch.compiler.is_compiling()
+
+
+def _decayed(gradient: Tensor, weight: Tensor, mask: Tensor, decay: float | Tensor) -> Tensor:
+    return torch.where(mask, gradient, gradient + decay * weight)
+
+
+@torch.library.custom_op("spre_fx::mask_weight", mutates_args=())
+def _mask_weight(weight: Tensor, mask: Tensor) -> Tensor:
+    masked = native_masks.mask_weight(weight, mask)
+    return weight * mask if masked is None else masked
+
+
+@torch.library.custom_op("spre_fx::decay_gradient", mutates_args=())
+def _decay_gradient(gradient: Tensor, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
+    decayed = native_masks.decay_gradient(gradient, weight, mask, decay)
+    return _decayed(gradient, weight, mask, decay) if decayed is None else decayed
+
+
+_mask_weight.register_fake(torch.mul)
+_decay_gradient.register_fake(_decayed)
+
+
+def _save_mask(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(inputs[1])
+
+
+def _mask_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    (mask,) = ctx.saved_tensors
+    return masked_weight(gradient, mask), None
+
+
+_mask_weight.register_autograd(_mask_gradient, setup_context=_save_mask)

@@ -1,0 +1,127 @@
+"""Masks by the engine are those by torch, bit for bit, and None where it has no kernel."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from weights import KINDS, draw_weight, weights
+
+from spre_fx import engine, mask_ops, native_masks
+from spre_fx.patterns import Pattern
+
+many = settings(derandomize=True, deadline=None, max_examples=150, database=None)
+
+pytestmark = pytest.mark.skipif(engine.load() is None, reason="needs the engine")
+
+ALL_KINDS = (*KINDS, "special")
+LARGE = [(64, 64, 3, 3), (40, 70, 3, 3), (128, 520), (96, 1, 3, 3), (16, 48, 7, 7)]
+
+
+@pytest.fixture(autouse=True)
+def shares_of_any_size(monkeypatch):
+    """Let small weights be divided among threads too."""
+    monkeypatch.setattr(native_masks, "_NUMBERS_OF_A_THREAD", 10)
+    yield
+    torch.set_num_threads(1)
+
+
+def assert_same_masks(weight: Tensor, pattern: Pattern) -> None:
+    n, m = pattern.n, pattern.m
+    mask = native_masks.nm_mask(weight, n, m)
+    assert mask is not None
+    assert mask.stride() == weight.stride()
+    assert torch.equal(mask, mask_ops.nm_mask_by_torch(weight, n, m))
+    for count in {1, pattern.kept(weight.numel()), weight.numel()}:
+        per_tap = native_masks.count_largest(weight, count)
+        assert per_tap is not None
+        expected = mask_ops.count_per_tap(mask_ops.largest(weight, count))
+        assert torch.equal(per_tap, expected)
+
+
+@many
+@given(weights(ALL_KINDS, filters=9), st.integers(1, 3))
+def test_masks_of_small_weights(drawn: tuple[Tensor, Pattern], threads: int) -> None:
+    torch.set_num_threads(threads)
+    assert_same_masks(*drawn)
+
+
+@pytest.mark.parametrize("pattern", ["1:2", "2:4", "1:4", "1:8", "4:8", "1:16", "8:16", "11:64"])
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_masks_of_weights_of_usual_size(shape: tuple[int, ...], pattern: str) -> None:
+    for seed, kind in enumerate(ALL_KINDS):
+        torch.set_num_threads(1 + seed % 2)
+        dtype = (torch.float32, torch.bfloat16)[seed % 2]
+        weight = draw_weight(shape, dtype, kind, seed)
+        assert_same_masks(weight, Pattern.parse(pattern))
+        if len(shape) == 4:
+            last = weight.to(memory_format=torch.channels_last)
+            assert_same_masks(last, Pattern.parse(pattern))
+
+
+def test_masked_weights_and_gradients() -> None:
+    for seed, kind in enumerate(ALL_KINDS):
+        torch.set_num_threads(1 + seed % 2)
+        for dtype in (torch.float32, torch.float64):
+            weight = draw_weight((20, 30, 3, 3), dtype, kind, seed)
+            gradient, mask = torch.randn_like(weight), torch.rand(weight.shape) < 0.3
+            found = native_masks.mask_weight(weight, mask)
+            assert_same(found, weight * mask)
+            found = native_masks.decay_gradient(gradient, weight, mask, 0.3)
+            assert_same(found, torch.where(mask, gradient, gradient + 0.3 * weight))
+
+
+def assert_same(found: Tensor | None, expected: Tensor) -> None:
+    assert found is not None
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found.signbit() | found.isnan(), expected.signbit() | expected.isnan())
+
+
+def test_channels_last_stays_channels_last() -> None:
+    weight = torch.randn(6, 8, 3, 3).to(memory_format=torch.channels_last)
+    mask, gradient = native_masks.nm_mask(weight, 2, 4), torch.randn_like(weight)
+    assert mask is not None
+    for found in (
+        native_masks.mask_weight(weight, mask),
+        native_masks.decay_gradient(gradient, weight, mask, 0.1),
+    ):
+        assert found is not None
+        assert found.stride() == weight.stride()
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.zeros(0, 4, 3, 3),
+        torch.zeros(4, 8, 3, 3)[:, ::2],
+        torch.zeros(3, 3, 8, 4).permute(3, 2, 1, 0),
+        torch.zeros(4, 8, device="meta"),
+    ],
+    ids=["empty", "strided", "permuted", "elsewhere"],
+)
+def test_what_the_engine_cannot_read_is_left_to_torch(weight: Tensor) -> None:
+    assert native_masks.nm_mask(weight, 2, 4) is None
+    assert native_masks.count_largest(weight, 1) is None
+
+
+def test_more_members_than_the_engine_compares_are_left_to_torch() -> None:
+    assert native_masks.nm_mask(torch.randn(2, 128), 1, 64) is not None
+    assert native_masks.nm_mask(torch.randn(2, 128), 1, 65) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_short_types_are_masked_by_torch(dtype: torch.dtype) -> None:
+    weight, mask = torch.randn(4, 8, dtype=dtype), torch.rand(4, 8) < 0.5
+    assert native_masks.mask_weight(weight, mask) is None
+    assert native_masks.decay_gradient(weight, weight, mask, 0.1) is None
+
+
+def test_operands_that_lie_differently_in_memory_are_left_to_torch() -> None:
+    weight = torch.randn(4, 8, 3, 3)
+    mask = weight > 0
+    last = weight.to(memory_format=torch.channels_last)
+    assert native_masks.mask_weight(last, mask) is None
+    assert native_masks.mask_weight(weight, mask[:, :1].expand_as(mask)) is None
+    assert native_masks.mask_weight(weight, mask.float()) is None
+    assert native_masks.decay_gradient(last, weight, mask, 0.1) is None
+    assert native_masks.decay_gradient(weight.double(), weight, mask, 0.1) is None
