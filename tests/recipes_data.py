@@ -34,7 +34,7 @@ def write_batch(path: Path, data: np.ndarray, labels: list[int], label: str = ""
     path.write_bytes(path.read_bytes().replace(b"cnumpy._core.", b"cnumpy.core."))  # as it was then
 
 
-def write_cifar10(root: Path, images: int = 8) -> Path:
+def write_cifar10(root: Path, images: int = 4) -> Path:
     """So many images in each file; returns `root`."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
@@ -45,7 +45,7 @@ def write_cifar10(root: Path, images: int = 8) -> Path:
     return root
 
 
-def write_imagenet(root: Path, train: int = 4, val: int = 3, size: int = 40) -> Path:
+def write_imagenet(root: Path, train: int = 3, val: int = 3, size: int = 40) -> Path:
     """So many JPEGs in each of three classes; returns `root`."""
     generator = np.random.default_rng(0)
     for part, images in (("train", train), ("val", val)):

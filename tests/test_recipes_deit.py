@@ -15,7 +15,7 @@ from recipes.errors import RecipeError
 
 @pytest.fixture(name="recipe", scope="module")
 def _recipe(tmp_path_factory) -> DeiT:
-    return DeiT(root=write_imagenet(tmp_path_factory.mktemp("data")), image_size=32)
+    return DeiT(root=write_imagenet(tmp_path_factory.mktemp("data"), train=4), image_size=32)
 
 
 def test_weights_of_layers_decay_and_nothing_else(recipe):

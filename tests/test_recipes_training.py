@@ -36,7 +36,7 @@ class Tiny(ResNet32):
 
 @pytest.fixture(name="data", scope="module")
 def _data(tmp_path_factory) -> Path:
-    return write_cifar10(tmp_path_factory.mktemp("data"))
+    return write_cifar10(tmp_path_factory.mktemp("data"), images=8)
 
 
 def parsed(recipe: Tiny, output: Path, *words: str) -> Options:
