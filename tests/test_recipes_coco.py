@@ -388,8 +388,8 @@ def check_deployed(path: Path, kind: type[nn.Module]) -> None:
 def test_it_runs_from_end_to_end(root, tmp_path, classifier):
     torch.save({"model": classifier}, tmp_path / "r18.pt")
     output = tmp_path / "run"
-    start = ["--backbone", tmp_path / "r18.pt", "--epochs", 1, "--batch-size", 5]
-    run("coco.py", *options(root, output), *start)
+    more = ["--backbone", tmp_path / "r18.pt", "--epochs", 1, "--batch-size", 5]
+    run("coco.py", *options(root, output), *more)
     settings, epoch, final = records(output)
     assert settings["settings"]["backbone"] == str(tmp_path / "r18.pt")
     assert epoch["epoch"] == 1
