@@ -142,7 +142,7 @@ def report(file: Path, document: Path) -> None:
     remedy = chosen(found)
     text = markdown(found, comparisons(), searched(), confirmed(remedy), introduction=INTRODUCTION)
     document.write_text(text, encoding="utf-8")
-    drawn = [c for c in comparisons() if c.arm.startswith("SR-STE ") or c.arm in ("GMP", "RigL")]
+    drawn = [c for c in (*comparisons(), *confirmed(remedy)) if c.baseline == PLAIN["SR-STE"].name]
     names = [arm.name for arm in DRAWN]
     plot.draw(found, names, drawn, document.with_suffix(".png"), task=TASK)
 

@@ -124,5 +124,5 @@ def searched() -> list[Comparison]:
 def confirmed(remedy: str) -> list[Comparison]:
     """What a remedy has to be better than."""
     spre, same = (arm.name for arm in BRANCHED["SR-STE"][:2])
-    others = (PLAIN["SR-STE"].name, spre, same, CONTROLS["SR-STE"].name)
-    return [Comparison(remedy, other) for other in others]
+    plain, control = PLAIN["SR-STE"].name, CONTROLS["SR-STE"].name
+    return [Comparison(remedy, other, control) for other in (plain, spre, same, control)]
