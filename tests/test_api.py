@@ -264,7 +264,7 @@ REFUSED = [
         small_net,
         {"branch": "both"},
         spre_fx.OptionError,
-        "'both': expected one of 'auto', 'spre', 'same'",
+        r"'both': expected one of \['auto', 'spre', 'same'",
     ),
     (small_net, {"exclude": "layer9.*"}, spre_fx.OptionError, r"'layer9\.\*' matches no conv"),
     (small_net, {"exclude": [nn.Conv3d]}, spre_fx.OptionError, "'Conv3d' matches no conv"),
