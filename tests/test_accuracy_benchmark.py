@@ -16,7 +16,6 @@ from torch import nn
 import spre_fx
 
 ACCURACY = Path(__file__).parent.parent / "benchmarks" / "accuracy"
-pytest.importorskip("skimage", reason="the photographs are scikit-image's")
 
 
 @pytest.fixture(autouse=True)

@@ -90,7 +90,7 @@ def _draw_accuracies(
     ax.set_xticks(range(len(settings)), [at.pattern for at in settings])
     ax.set_xlabel("pattern")
     ax.set_ylabel("test accuracy, %")
-    ax.legend(frameon=False, loc="lower left", fontsize="small")
+    ax.legend(frameon=False, loc="best", fontsize="small")
     ax.set_box_aspect(1)
     ax.set_anchor("N")
     _clean(ax, "y")
@@ -116,7 +116,7 @@ def _draw_differences(
         label.set_fontweight("normal" if isinstance(line, Comparison) else "bold")
     ax.set_ylim(len(lines) - 0.5, -0.5)
     ax.set_title(f"Difference at {at.pattern}: mean, 95 % interval", loc="left")
-    ax.set_xlabel("difference in test accuracy, points (a dot: a seed)")
+    ax.set_xlabel("difference, points (a dot: a seed)")
     _clean(ax, "x")
     ax.tick_params(axis="y", length=0)
 

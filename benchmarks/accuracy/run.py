@@ -143,7 +143,7 @@ def report(file: Path, document: Path) -> None:
     text = markdown(found, comparisons(), searched(), confirmed(remedy), introduction=INTRODUCTION)
     document.write_text(text, encoding="utf-8")
     drawn = [c for c in (*comparisons(), *confirmed(remedy)) if c.baseline == PLAIN["SR-STE"].name]
-    names = [arm.name for arm in DRAWN]
+    names = [arm.name for arm in DRAWN if any(row["arm"] == arm.name for row in found)]
     plot.draw(found, names, drawn, document.with_suffix(".png"), task=TASK)
 
 
