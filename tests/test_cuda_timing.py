@@ -45,6 +45,7 @@ def test_short_runs_are_repeated_until_events_can_tell(clock, time, repeats):
     assert repeats_of(run) == repeats
 
 
+@torch._dynamo.config.patch(recompile_limit=4)  # timm raises it to a million
 def test_more_convs_are_compiled_than_a_piece_of_code_may_be(monkeypatch):
     graphs = []
 
@@ -54,7 +55,6 @@ def test_more_convs_are_compiled_than_a_piece_of_code_may_be(monkeypatch):
 
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kw: compile_(f, backend=backend, **kw))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 4)  # timm raises it to a million
     count = 6
     for channels in range(1, count + 1):
         x = torch.randn(1, channels, 4, 4)
