@@ -37,6 +37,7 @@ from spre_fx import (
     Freeze,
     InvariantError,
     Pattern,
+    SpRe,
     VerificationError,
     masks,
     records,
@@ -79,7 +80,7 @@ def sites(draw: st.DrawFn) -> dict[str, Any]:
         "pattern": Pattern(draw(st.integers(1, m - 1)), m),
         "method": draw(st.sampled_from([SRSTE(), ASP()])),
         "schedule": draw(st.sampled_from([EveryStep(), EveryK(3), Freeze(at=0)])),
-        "branch": draw(st.booleans()),
+        "branch": draw(st.sampled_from([SpRe(), None])),
         "training": draw(st.booleans()),
     }
 

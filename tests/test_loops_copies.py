@@ -53,7 +53,7 @@ def test_an_average_without_buffers_has_the_masks_of_the_model(recipe, average):
     assert ours.keys() == theirs.keys()
     if recipe == "lbc":  # made of scores, which are averaged
         ours, theirs = {}, {}
-    if recipe == "sr-ste":  # made of weights, which are averaged
+    if recipe in ("sr-ste", "steady taps"):  # made of weights, which are averaged
         theirs = {
             name: pure.nm_mask(copied.module.get_submodule(name).weight.detach(), Pattern(1, 4))
             for name in theirs
