@@ -5,15 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cifar10 import ResNet32
-from recipes_data import write_cifar10
+from recipes_data import write_batch, write_cifar10
 from test_recipes import records
 from torch import Tensor, nn
 
 import spre_fx
 from recipes import checkpoints, options, training
+from recipes.cifar10_data import EVALUATION, TRAINING
 from recipes.errors import RecipeError
 from recipes.options import Options
 from recipes.recipe import Batch
@@ -58,6 +60,22 @@ def refusal(data: Path, output: Path, *words: str, kind: type[Tiny] = Tiny) -> s
 
 def kept(output: Path) -> dict[str, Any]:
     return torch.load(output / "checkpoint.pt", weights_only=True)
+
+
+def test_it_learns(tmp_path):
+    """Images of ten colours, one a class."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    colours = generator.integers(0, 256, (10, 3, 1))
+    for name in (*TRAINING, *EVALUATION):
+        labels = generator.permutation(np.arange(30) % 10)
+        noise = generator.normal(0, 20, (30, 3, 1024))
+        images = (colours[labels] + noise).clip(0, 255).astype(np.uint8).reshape(30, 3072)
+        write_batch(folder / name, images, labels.tolist())
+    results = run(tmp_path, tmp_path / "run", "--epochs", "6", "--lr", "0.1", "--ema", "0.8")
+    assert all(metrics["top1"] > 50 for metrics in results.values()), results
+    assert records(tmp_path / "run")[-2]["loss"] < records(tmp_path / "run")[1]["loss"] / 1.3
 
 
 @pytest.mark.parametrize("method", ["sr-ste", "lbc", "gmp", "rigl", "granet"])
@@ -227,6 +245,7 @@ REFUSED: dict[str, tuple[Iterable[str], str]] = {
     "asp": (["--method", "asp"], "--method asp: expected --pretrained PATH"),
     "ema": (["--ema", "1"], "--ema 1.0: expected a decay between 0 and 1, such as 0.9999."),
     "epochs": (["--epochs", "0"], "--epochs 0: expected at least 1."),
+    "workers": (["--workers", "-1"], "--workers -1: expected at least 0."),
     "batch": (["--batch-size", "41"], "--batch-size 41: expected at most the 40 training samples"),
     "device": (["--device", "mps"], "--device mps: expected cpu or cuda."),
 }

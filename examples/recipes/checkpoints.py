@@ -19,7 +19,7 @@ from recipes.options import Options
 from recipes.recipe import Recipe
 from spre_fx.atomic_write import write_atomically
 
-# Where a run is, and how it gets there: no other numbers come of them.
+# Where a run is, and what it runs on. (Another number of workers augments other images otherwise.)
 _FREE = ("root", "output", "resume", "workers", "device", "eval_every")
 
 

@@ -39,7 +39,9 @@ class ImageNet(Classification):
         if self.network == "mobilenet_v1":  # torchvision has none
             import timm  # noqa: PLC0415 - takes seconds
 
-            mobilenet: nn.Module = timm.create_model("mobilenetv1_100", num_classes=self.classes)
+            mobilenet: nn.Module = timm.create_model(
+                "mobilenetv1_100", num_classes=self.classes, act_layer="relu"
+            )
             return mobilenet
         network: nn.Module = torchvision.models.get_model(
             self.network, weights=None, num_classes=self.classes

@@ -97,10 +97,10 @@ class Options:
             raise RecipeError(
                 f"--ema {self.ema}: expected a decay between 0 and 1, such as 0.9999."
             )
-        for name in ("epochs", "batch_size", "eval_every"):
-            if getattr(self, name) < 1:
+        for name, least in (("epochs", 1), ("batch_size", 1), ("eval_every", 1), ("workers", 0)):
+            if getattr(self, name) < least:
                 option = name.replace("_", "-")
-                raise RecipeError(f"--{option} {getattr(self, name)}: expected at least 1.")
+                raise RecipeError(f"--{option} {getattr(self, name)}: expected at least {least}.")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -9,6 +9,9 @@ from torch.nn import functional as F
 class ResNetCIFAR(nn.Module):
     """A stem and three stages of basic blocks, on 32, 16 and 8 pixels.
 
+    The code of SpRe (zyxxmu/SpRE, models/resnet_cifar.py) has no padding at the stem, and no ReLU
+    between the convs of a block; here both are as He et al. have them.
+
     Args:
         depth: Layers with weights, 6n + 2 for n blocks a stage.
         width: Channels of the first stage; each next one has twice as many.
