@@ -113,8 +113,8 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
         if absent:
             raise RecipeError(
                 f"{self.split.annotations}: expected its images in {self.split.images}, found "
-                f"{len(absent)} of {len(names)} that are not there, such as {absent[0]}. Unpack the "
-                "archives anew."
+                f"{len(absent)} of {len(names)} that are not there, such as {absent[0]}. Unpack "
+                "the archives anew."
             )
 
     def require(self, *keys: str) -> None:
