@@ -135,7 +135,7 @@ def without(key):
         ),
         (
             lambda content: content["images"].append({"id": 1, "file_name": "x.jpg"}),
-            "found no x.jpg",
+            "found 1 of 7 that are not there, such as x.jpg. Unpack",
         ),
     ],
 )

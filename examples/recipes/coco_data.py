@@ -112,9 +112,9 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
         absent = [name for name in names if name not in files]
         if absent:
             raise RecipeError(
-                f"{self.split.annotations}: expected its images in {self.split.images}, found no "
-                f"{absent[0]} there, nor {len(absent) - 1} others of {len(names)}. Unpack the "
-                "archives anew."
+                f"{self.split.annotations}: expected its images in {self.split.images}, found "
+                f"{len(absent)} of {len(names)} that are not there, such as {absent[0]}. Unpack "
+                "the archives anew."
             )
 
     def require(self, *keys: str) -> None:
