@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,8 @@ if importlib.util.find_spec("spre_fx.passes") is None:
         "spre_fx.passes is not there: passes/ takes that name only in an editable install. "
         "Run: python -m pip install -e '.[test]'"
     )
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 # A time limit for each example measures how busy the machine is.
 settings.register_profile("no deadline", settings.default, deadline=None)
@@ -34,3 +39,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup() -> None:
     """Let no test depend on the numbers an earlier one drew."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(name="import_benchmarks")
+def _import_benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Lets a test import the modules of a folder of benchmarks/.
+
+    They are forgotten afterwards: other folders have modules of the same names.
+    """
+    yield lambda folder: monkeypatch.syspath_prepend(str(BENCHMARKS / folder))
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and Path(file).is_relative_to(BENCHMARKS):
+            del sys.modules[name]

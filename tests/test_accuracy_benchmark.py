@@ -19,8 +19,8 @@ ACCURACY = Path(__file__).parent.parent / "benchmarks" / "accuracy"
 
 
 @pytest.fixture(autouse=True)
-def _path(monkeypatch):
-    monkeypatch.syspath_prepend(str(ACCURACY))
+def _path(import_benchmarks):
+    import_benchmarks("accuracy")
 
 
 @pytest.fixture(name="patches")

@@ -1,18 +1,16 @@
 """benchmarks/accuracy/plot.py: what is drawn of made-up rows."""
 
 import importlib
-from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent.parent / "benchmarks" / "accuracy"
 ARMS = ("SR-STE", "SR-STE + SpRe")
 PATTERNS = ("2:4", "1:16")
 
 
 @pytest.fixture(name="plot")
-def _plot(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
+def _plot(import_benchmarks):
+    import_benchmarks("accuracy")
     return importlib.import_module("plot")
 
 

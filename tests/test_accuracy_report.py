@@ -3,17 +3,15 @@
 import importlib
 import random
 import re
-from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent.parent / "benchmarks" / "accuracy"
 VERSIONS = {"torch": "9", "spre_fx": "0.1", "cpu": "Z80"}
 
 
 @pytest.fixture(name="report")
-def _report(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
+def _report(import_benchmarks):
+    import_benchmarks("accuracy")
     return importlib.import_module("accuracy_report")
 
 

@@ -1,18 +1,15 @@
 """benchmarks/accuracy/results.py: rows become runs, and those that cannot are refused."""
 
 import importlib
-from pathlib import Path
 
 import pytest
 
 from spre_fx.errors import PatternError
 
-FOLDER = Path(__file__).parent.parent / "benchmarks" / "accuracy"
-
 
 @pytest.fixture(name="results")
-def _results(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
+def _results(import_benchmarks):
+    import_benchmarks("accuracy")
     return importlib.import_module("results")
 
 

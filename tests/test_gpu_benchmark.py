@@ -21,8 +21,8 @@ ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(name="part")
-def _part(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
+def _part(import_benchmarks):
+    import_benchmarks("gpu")
     return importlib.import_module
 
 

@@ -20,8 +20,8 @@ MACHINE = {"cpu": "Z80", "flags": [], "cores": 1, "versions": {"torch": "9"}}
 
 
 @pytest.fixture(autouse=True)
-def _path(monkeypatch):
-    monkeypatch.syspath_prepend(str(INFERENCE))
+def _path(import_benchmarks):
+    import_benchmarks("inference")
 
 
 @pytest.fixture(name="timing")

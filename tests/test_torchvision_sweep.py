@@ -17,8 +17,8 @@ TABLE = BENCHMARKS / "torchvision.md"
 
 
 @pytest.fixture(name="script")
-def _script(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def _script(import_benchmarks):
+    import_benchmarks("")
     return runpy.run_path(str(SCRIPT))
 
 
