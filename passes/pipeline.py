@@ -15,6 +15,7 @@ from spre_fx.criteria import Criterion
 from spre_fx.methods import MaskMethod
 from spre_fx.modules import MaskSchedule
 from spre_fx.passes.base import Account, Pass
+from spre_fx.passes.compute_sparsely import ComputeSparsely
 from spre_fx.passes.duplicate_branches import DuplicateBranches
 from spre_fx.passes.fold_branches import FoldBranches
 from spre_fx.passes.fuse_epilogues import FuseEpilogues
@@ -41,6 +42,15 @@ class Pipeline:
 
     passes: tuple[Pass, ...]
 
+    @property
+    def index_of_masks(self) -> int:
+        """The place of the pass that masks weights."""
+        return next(
+            index
+            for index, each in enumerate(self.passes)
+            if isinstance(each, WireMasks | WireUnstructured)
+        )
+
     def __call__(self, graph_module: GraphModule) -> tuple[GraphModule, list[Account]]:
         """Run the passes on a copy of `graph_module`; the accounts come in their order."""
         return self.run_in_place(copy.deepcopy(graph_module))
@@ -65,6 +75,7 @@ def training_pipeline(
     gamma: float,
     criterion: Criterion | WeightCriterion | None = None,
     clock: MaskSchedule | None = None,
+    sparse: bool = False,
 ) -> Pipeline:
     """Dense graph -> training graph."""
     modularise = ModulariseCalls()
@@ -73,11 +84,12 @@ def training_pipeline(
     search = method.permutation
     permute = () if search is None else (PermuteChannels(policy, search),)
     first: tuple[Pass, ...] = (modularise, *permute)
+    last = (ComputeSparsely(),) if sparse else ()
     if branch is None:
-        return Pipeline((*first, WireMasks(policy, method, schedule, clock=clock)))
+        return Pipeline((*first, WireMasks(policy, method, schedule, clock=clock), *last))
     duplicate = DuplicateBranches(policy, gamma)
     wire = WireMasks(policy, method, schedule, branch, criterion, clock)
-    return Pipeline((*first, duplicate, wire))
+    return Pipeline((*first, duplicate, wire, *last))
 
 
 def deployment_pipeline() -> Pipeline:

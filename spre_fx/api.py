@@ -75,6 +75,7 @@ def prepare(
     spre_gamma: float | None = None,
     criterion: CriterionName | Criterion | WeightCriterion = "magnitude",
     depthwise: Literal["flat"] | None = None,
+    compute: Literal["auto", "dense"] = "auto",
 ) -> nn.Module:
     """Make a model ready for N:M sparse training with Spatial Re-parameterization.
 
@@ -121,6 +122,10 @@ def prepare(
             taps and filters, as the published code of SR-STE (Zhou et al., 2021) groups any weight.
             For reproducing those tables: no sparse op computes such a layer, so `finalize` leaves
             it an ordinary one.
+        compute: How masked 2d convs compute in training. "auto": on a CPU, in float32 or float64,
+            with the weights their masks keep alone, in each pass where that is expected to be
+            faster; elsewhere, and with "dense", as ordinary convs whose weights hold zeros. Both
+            compute the same, but for rounding.
 
     Returns:
         A GraphModule, or a copy of `model` with GraphModules inside, in its training mode and on
@@ -132,6 +137,8 @@ def prepare(
         ModelError: If there is nothing to sparsify, or the model is prepared already, quantised,
             uninitialised, on the meta device, or holds values that are not finite.
     """
+    if compute not in ("auto", "dense"):
+        raise OptionError(f'expected compute="auto" or "dense", found {compute!r}.')
     mask_method = _method(method)
     spre = _branch(branch, mask_method)
     mask_schedule = mask_method.schedule if schedule is None else schedule
@@ -168,8 +175,9 @@ def prepare(
             gamma=mask_method.spre_gamma if spre_gamma is None else spre_gamma,
             criterion=scores,
             clock=clock,
+            sparse=compute == "auto",
         )
-        accounts.append(passes.run_in_place(region.graph_module)[1][-1])
+        accounts.append(passes.run_in_place(region.graph_module)[1][passes.index_of_masks])
         clock = clock or _schedule_in(region.graph_module, shared=len(regions) > 1)
     _check_any_sparse(accounts)
     _note_callers(regions)

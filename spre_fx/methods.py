@@ -37,10 +37,13 @@ class MaskMethod(ABC):
             SpRe branch from the first step, as the paper does from scratch. 0 starts with the
             function of the main branch alone, which keeps what pre-trained weights compute; that
             is our deviation from the paper, which starts at random there too.
+        kept_gradient: Whether `masked` gives removed weights no gradient, so that none need be
+            computed for them.
     """
 
     schedule: ClassVar[Schedule] = EveryStep()
     spre_gamma: ClassVar[float] = 1.0
+    kept_gradient: ClassVar[bool] = False
 
     @property
     def permutation(self) -> ChannelPermutation | None:
@@ -196,6 +199,7 @@ class ASP(MaskMethod):
     permute: ChannelPermutation | None = None
     schedule: ClassVar[Schedule] = Freeze(at=0)
     spre_gamma: ClassVar[float] = 0.0
+    kept_gradient: ClassVar[bool] = True
 
     @property
     def permutation(self) -> ChannelPermutation | None:

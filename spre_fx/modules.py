@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from spre_fx import masks
 from spre_fx.errors import ModelError
+from spre_fx.masked_conv import SparseCompute, masked_conv2d
 from spre_fx.masked_weight import masked_weight
 from spre_fx.methods import MaskMethod
 from spre_fx.patterns import Pattern
@@ -184,13 +185,27 @@ def _words(identity: dict[str, str]) -> str:
 
 
 class _ConvForward:
-    """What the mixins below take from the conv they are mixed into."""
+    """A conv whose weight is masked: what the mixins below share.
 
+    Attributes:
+        sparse: How it leaves out what its mask does; None: it computes as a dense conv.
+    """
+
+    sparse: SparseCompute | None = None
     bias: Tensor | None
 
     if TYPE_CHECKING:
 
         def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
+    def _masked_forward(self, input: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+        """conv(input; weight), where `weight` is masked."""
+        if self.sparse is not None:
+            passes = self.sparse.passes(input, weight, mask)
+            if passes:
+                operands = (input, weight, mask, self.bias)
+                return masked_conv2d(*operands, geometry=self.sparse.geometry, passes=passes)
+        return self._conv_forward(input, weight, self.bias)
 
 
 class _NMConv(NMLayer, _ConvForward):
@@ -198,7 +213,7 @@ class _NMConv(NMLayer, _ConvForward):
         """`y`, or `(y, B, live taps)` where a SpRe branch takes the masks up."""
         update = self.signal(update)
         weight, mask = self.masked_weight(update)
-        y = self._conv_forward(input, weight, self.bias)
+        y = self._masked_forward(input, weight, mask)
         return y if self.live_taps is None else (y, mask, self.live_taps(self.weight, update))
 
 
@@ -246,8 +261,9 @@ class SpReConv(nn.Module, _ConvForward):
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Without a mask (before the masks are wired) the branch is dense."""
-        weight = self.weight if mask is None else self._masked(mask)
-        return self._conv_forward(input, weight, self.bias)
+        if mask is None:
+            return self._conv_forward(input, self.weight, self.bias)
+        return self._masked_forward(input, self._masked(mask), mask)
 
     def _masked(self, mask: Tensor) -> Tensor:
         if not self.straight_through:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from spre_fx.engine.library import Engine, load, why_not
 from spre_fx.engine.program import Activation, Kind, Program, Step, Type, program
-from spre_fx.engine.training import Weight
+from spre_fx.engine.training import MaskedConv, Weight
 
 __all__ = [
     "Activation",
     "Engine",
     "Kind",
+    "MaskedConv",
     "Program",
     "Step",
     "Type",

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from spre_fx.engine.program import Program, Step
-from spre_fx.engine.training import Weight
+from spre_fx.engine.training import MaskedConv, Weight
 from spre_fx.errors import OptionError
 
-VERSION = 3  # of engine.h and training.h
+VERSION = 4  # of engine.h and training.h
 VARIABLE = "SPRE_FX_ENGINE"
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # the best first
 
@@ -32,7 +32,7 @@ class _OpenMP(ctypes.Structure):
 
 _INTEGER, _ADDRESS, _STEPS = ctypes.c_int64, ctypes.c_void_p, ctypes.POINTER(Step)
 _ON_THREADS = (_INTEGER, ctypes.POINTER(_OpenMP))
-_WEIGHT = ctypes.POINTER(Weight)
+_WEIGHT, _CONV = ctypes.POINTER(Weight), ctypes.POINTER(MaskedConv)
 _FUNCTIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "spre_supports": ((ctypes.c_char_p,), _INTEGER),
     "spre_takes": ((_STEPS,), _INTEGER),
@@ -45,6 +45,13 @@ _FUNCTIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "spre_mask_weight": ((*(_ADDRESS,) * 3, _INTEGER, _INTEGER, *_ON_THREADS), None),
     "spre_decay_gradient": (
         (*(_ADDRESS,) * 4, _INTEGER, _INTEGER, ctypes.c_double, *_ON_THREADS),
+        None,
+    ),
+    "spre_count_kept": ((_ADDRESS, _INTEGER), _INTEGER),
+    "spre_images_together": ((_INTEGER,), _INTEGER),
+    "spre_masked_conv_scratch": ((_CONV, _INTEGER, _INTEGER, _INTEGER), _INTEGER),
+    "spre_masked_conv": (
+        (_CONV, _INTEGER, *(_ADDRESS,) * 6, _INTEGER, _ADDRESS, *_ON_THREADS),
         None,
     ),
 }
@@ -142,6 +149,55 @@ class Engine:
         threads = self._threads(threads)
         self._library.spre_decay_gradient(
             gradient, weight, mask, y, itemsize, count, decay, threads, self._openmp
+        )
+
+    def count_kept(self, mask: int, count: int) -> int:
+        """The number of set bytes among `count` of a mask at an address."""
+        return int(self._library.spre_count_kept(mask, count))
+
+    def images_together(self, itemsize: int) -> int:
+        """How many images `masked_conv` takes at a time."""
+        return int(self._library.spre_images_together(itemsize))
+
+    def masked_conv_scratch(self, conv: MaskedConv, which: int, kept: int, threads: int) -> int:
+        """Bytes of scratch, aligned to 64, that `masked_conv` needs on so many threads."""
+        threads = self._threads(threads)
+        return int(self._library.spre_masked_conv_scratch(conv, which, kept, threads))
+
+    def masked_conv(
+        self,
+        conv: MaskedConv,
+        which: int,
+        kept: int,
+        *,
+        mask: int,
+        result: int,
+        scratch: int,
+        threads: int,
+        x: int | None = None,
+        y_gradient: int | None = None,
+        weight: int | None = None,
+        bias: int | None = None,
+    ) -> None:
+        """Run a pass, `which` as training.h numbers them, over the weights that a mask keeps.
+
+        Args:
+            conv: Shapes and layouts.
+            which: 0 takes x, weight and perhaps a bias, 1 y_gradient and weight, 2 x and
+                y_gradient.
+            kept: The set bytes of the mask.
+            mask: Its address; likewise below.
+            result: Of the output, of the gradient of x or of that of the weight.
+            scratch: Of as much scratch as `masked_conv_scratch` says.
+            threads: How many to run on, of torch's OpenMP runtime.
+            x: Of the input.
+            y_gradient: Of the gradient of the output.
+            weight: Of the weight.
+            bias: Of the bias.
+        """
+        operands = (x, y_gradient, weight, mask, bias, result)
+        self._library.spre_masked_conv(
+            conv, which, *operands, kept, scratch, self._threads(threads), self._openmp
         )
 
     def _threads(self, threads: int) -> int:

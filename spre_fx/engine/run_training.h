@@ -2,6 +2,7 @@
 #pragma once
 
 #include "count_largest.h"
+#include "masked_conv.h"
 #include "masked_weight.h"
 #include "nm_mask.h"
 #include "team.h"
@@ -86,5 +87,33 @@ SPRE_EXPORT void spre_decay_gradient(const void* gradient, const void* weight, c
       spre::decay_gradient(of_y + first, from + first, mask + first, to + first, size,
                            static_cast<decltype(number)>(decay));
     });
+  });
+}
+
+SPRE_EXPORT int64_t spre_images_together(int64_t bytes) { return spre::kVectorBytes / bytes; }
+
+SPRE_EXPORT int64_t spre_count_kept(const uint8_t* mask, int64_t count) {
+  return spre::count_kept(mask, count);
+}
+
+SPRE_EXPORT int64_t spre_masked_conv_scratch(const spre::MaskedConv* conv, int64_t pass,
+                                             int64_t kept, int64_t threads) {
+  int64_t bytes = 0;
+  spre::with_number(conv->bytes, [&](auto number) {
+    bytes = spre::MaskedConvRun<decltype(number)>(*conv, pass).scratch_bytes(kept, threads);
+  });
+  return bytes;
+}
+
+SPRE_EXPORT void spre_masked_conv(const spre::MaskedConv* conv, int64_t pass, const void* x,
+                                  const void* y_gradient, const void* weight, const uint8_t* mask,
+                                  const void* bias, void* result, int64_t kept, void* scratch,
+                                  int64_t threads, const spre::OpenMP* openmp) {
+  spre::with_number(conv->bytes, [&](auto number) {
+    using Number = decltype(number);
+    spre::MaskedConvRun<Number>(*conv, pass)
+        .run(static_cast<const Number*>(x), static_cast<const Number*>(y_gradient),
+             static_cast<const Number*>(weight), mask, static_cast<const Number*>(bias),
+             static_cast<Number*>(result), kept, static_cast<char*>(scratch), threads, openmp);
   });
 }

@@ -19,6 +19,20 @@ struct Weight {
   int64_t channels_last;
 };
 
+// A conv whose weights are masked: W `(filters, channels/groups, kernel_h, kernel_w)` with a mask
+// beside it. All three passes compute with the weights that the mask keeps, and with no others.
+struct MaskedConv {
+  int64_t bytes;  // of a number: 4 or 8
+  int64_t images, channels, height, width;
+  int64_t filters, out_height, out_width;
+  int64_t kernel_h, kernel_w, stride_h, stride_w;
+  int64_t padding_h, padding_w, dilation_h, dilation_w;
+  int64_t groups;
+  int64_t channels_last, weight_channels_last;
+};
+
+enum MaskedConvPass : int64_t { kForward = 0, kInputGradient = 1, kWeightGradient = 2 };
+
 }  // namespace spre
 
 extern "C" {
@@ -48,4 +62,22 @@ void spre_mask_weight(const void* weight, const uint8_t* mask, void* y, int64_t 
 void spre_decay_gradient(const void* gradient, const void* weight, const uint8_t* mask, void* y,
                          int64_t bytes, int64_t count, double decay, int64_t threads,
                          const spre::OpenMP* openmp);
+
+// How many images the passes of a conv take at a time, where a number has so many bytes. A last
+// group that is smaller takes as long as a full one.
+int64_t spre_images_together(int64_t bytes);
+
+// The bytes of scratch, aligned to 64, of a pass over as many weights as the mask keeps.
+int64_t spre_masked_conv_scratch(const spre::MaskedConv* conv, int64_t pass, int64_t kept,
+                                 int64_t threads);
+
+// The number of set bytes of a mask.
+int64_t spre_count_kept(const uint8_t* mask, int64_t count);
+
+// Forward: x, weight, bias (or null) to y. Input gradient: gradient of y, weight to that of x.
+// Weight gradient: x, gradient of y to that of the weight, 0 where the mask is 0.
+void spre_masked_conv(const spre::MaskedConv* conv, int64_t pass, const void* x,
+                      const void* y_gradient, const void* weight, const uint8_t* mask,
+                      const void* bias, void* result, int64_t kept, void* scratch, int64_t threads,
+                      const spre::OpenMP* openmp);
 }

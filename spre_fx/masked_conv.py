@@ -1,0 +1,208 @@
+"""conv2d with masked weights, of which training computes on a CPU only what the mask leaves.
+
+All three passes can leave out what the mask does: forward and input gradient multiply with the
+weights that are kept, and the weight gradient is computed for those alone where the method gives
+none to the others. Each pass goes the way that is expected to be the faster one, through the
+engine's kernels or as the dense convolution of torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntFlag
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spre_fx import native_conv
+from spre_fx.native_conv import Geometry
+
+
+class Pass(IntFlag):
+    """The convolutions of a training step."""
+
+    FORWARD = 1
+    INPUT_GRADIENT = 2
+    WEIGHT_GRADIENT = 4
+
+
+# What the engine's kernels cost, in products of a dense convolution: one that the mask keeps, and a
+# number of an activation to be brought into their layout and back. Fitted to benchmarks/training.
+_PRODUCT = 1.15
+_NUMBER = 40.0
+_WORTH = 0.9  # of the dense time
+
+
+@dataclass(frozen=True)
+class SparseCompute:
+    """Lets a layer compute with the weights that its mask keeps.
+
+    Attributes:
+        geometry: Stride, padding, dilation and groups of the layer.
+        density: The share of the weights that a mask keeps.
+        kept_gradient: Whether removed weights are given no gradient.
+    """
+
+    geometry: Geometry
+    density: float
+    kept_gradient: bool
+
+    def passes(self, x: Tensor, weight: Tensor, mask: Tensor) -> Pass:
+        """Which passes are expected to be faster than dense ones.
+
+        It depends on shapes alone, so that a training that is resumed computes what it did.
+
+        Args:
+            x: `(batch, C_in, H, W)`.
+            weight: B * W, `(C_out, C_in/groups, kH, kW)`.
+            mask: B, of the same shape.
+        """
+        if not native_conv.takes(x, weight, mask):
+            return Pass(0)
+        out = native_conv.output_shape(x, weight, self.geometry)
+        products = prod(out) * weight[0].numel()
+        if not products:
+            return Pass(0)
+        numbers = (x.numel() + prod(out)) * native_conv.fill(x)
+        sparse = self.density * _PRODUCT * native_conv.fill(x) + _NUMBER * numbers / products
+        if sparse > _WORTH:
+            return Pass(0)
+        found = Pass.FORWARD | Pass.INPUT_GRADIENT
+        return found | Pass.WEIGHT_GRADIENT if self.kept_gradient else found
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    *,
+    geometry: Geometry,
+    passes: Pass,
+) -> Tensor:
+    """conv2d(x; weight), where `weight` is 0 wherever `mask` is.
+
+    Args:
+        x: `(batch, C_in, H, W)`.
+        weight: B * W, `(C_out, C_in/groups, kH, kW)`.
+        mask: B, bool, of the same shape.
+        bias: `(C_out,)` or None.
+        geometry: Stride, padding, dilation and groups.
+        passes: Which passes leave out what the mask does. With WEIGHT_GRADIENT the gradient of
+            `weight` is 0 where the mask is.
+    """
+    y: Tensor = _masked_conv(x, weight, mask, bias, *geometry, int(passes))
+    return y
+
+
+@torch.library.custom_op("spre_fx::masked_conv", mutates_args=())
+def _masked_conv(  # noqa: PLR0917
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    passes: int,
+) -> Tensor:
+    geometry = Geometry(stride, padding, dilation, groups)
+    if passes & Pass.FORWARD:
+        return native_conv.forward(x, weight, mask, bias, geometry)
+    return F.conv2d(x, weight, bias, *geometry)
+
+
+@torch.library.custom_op("spre_fx::masked_conv_backward", mutates_args=())
+def _masked_conv_backward(  # noqa: PLR0917
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    passes: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor]:
+    geometry = Geometry(stride, padding, dilation, groups)
+    of_x, of_weight = wanted
+    none = x.new_empty(0)
+    x_gradient = weight_gradient = none
+    if of_x and passes & Pass.INPUT_GRADIENT:
+        x_gradient, of_x = native_conv.input_gradient(gradient, x, weight, mask, geometry), False
+    if of_weight and passes & Pass.WEIGHT_GRADIENT:
+        weight_gradient = native_conv.weight_gradient(gradient, x, mask, geometry)
+        of_weight = False
+    if of_x or of_weight:
+        dense = _dense_backward(gradient, x, weight, geometry, [of_x, of_weight])
+        x_gradient = x_gradient if dense[0] is None else dense[0]
+        weight_gradient = weight_gradient if dense[1] is None else dense[1]
+    return x_gradient, weight_gradient
+
+
+def _dense_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    stride, padding, dilation, groups = geometry
+    transposed, output_padding = False, [0, 0]
+    found = torch.ops.aten.convolution_backward(
+        gradient,
+        x,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        transposed,
+        output_padding,
+        groups,
+        [*wanted, False],
+    )
+    return found[0], found[1]
+
+
+@_masked_conv.register_fake
+def _(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    _, _, *geometry, _ = others
+    shape = native_conv.output_shape(x, weight, Geometry(*geometry))
+    return x.new_empty(shape).to(memory_format=native_conv.memory_format(x))
+
+
+@_masked_conv_backward.register_fake
+def _(_gradient: Tensor, x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    of_x, of_weight = others[-1]
+    none = x.new_empty(0)
+    x_gradient = torch.empty_like(x, memory_format=native_conv.memory_format(x))
+    return x_gradient if of_x else none, torch.empty_like(weight) if of_weight else none
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    x, weight, mask, bias, *ctx.others = inputs
+    ctx.with_bias = bias is not None
+    ctx.save_for_backward(x, weight, mask)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, mask = ctx.saved_tensors
+    of_x, of_weight, _, of_bias = ctx.needs_input_grad[:4]
+    wanted = [of_x, of_weight]
+    if torch.is_grad_enabled():  # with create_graph=True autograd has to see what is computed
+        geometry = Geometry(*ctx.others[:4])
+        found = _dense_backward(gradient, x, weight, geometry, wanted)
+        if found[1] is not None and ctx.others[4] & Pass.WEIGHT_GRADIENT:
+            found = found[0], found[1] * mask
+    else:
+        found = _masked_conv_backward(gradient, x, weight, mask, *ctx.others, wanted)
+    bias = gradient.sum((0, 2, 3)) if of_bias else None
+    x_gradient, weight_gradient = (
+        one if want else None for one, want in zip(found, wanted, strict=True)
+    )
+    return x_gradient, weight_gradient, None, bias, None, None, None, None, None
+
+
+_masked_conv.register_autograd(_backward, setup_context=_keep)
