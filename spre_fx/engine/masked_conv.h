@@ -117,17 +117,87 @@ struct TileKernel {
   }
 };
 
-// `then` of the kernel for tiles of a shape.
-template <class Number, int kRows = 1, int kColumns = 1, class Then>
-void with_kernel(int64_t rows, int64_t columns, Then then) {
+// The kernels for tiles of a shape.
+template <class Number>
+struct TileKernels {
+  decltype(&TileKernel<Number, 1, 1>::sum) sum;
+  decltype(&TileKernel<Number, 1, 1>::products) products;
+};
+
+template <class Number, int kRows = 1, int kColumns = 1>
+TileKernels<Number> kernels_of(int64_t rows, int64_t columns) {
   constexpr int kMost = kRows == 1 ? kMostTileColumns : kMostPairedColumns;
-  if (kRows == 1 && rows == 2)
-    with_kernel<Number, 2, 1>(rows, columns, then);
-  else if (columns == kColumns)
-    then(TileKernel<Number, kRows, kColumns>());
-  else if constexpr (kColumns < kMost)
-    with_kernel<Number, kRows, kColumns + 1>(rows, columns, then);
+  if constexpr (kRows == 1 && kColumns == 1)
+    if (rows == 2) return kernels_of<Number, 2, 1>(rows, columns);
+  if constexpr (kColumns < kMost)
+    if (columns > kColumns) return kernels_of<Number, kRows, kColumns + 1>(rows, columns);
+  using Kernel = TileKernel<Number, kRows, kColumns>;
+  return {&Kernel::sum, &Kernel::products};
 }
+
+// What a tile reads of each channel, copied from lanes to memory of its own: rows of vectors that
+// lie far apart there would push each other out of the cache.
+//
+// A window is a part of each row that is read; where the taps lie apart, a part for each tap.
+class Window {
+ public:
+  struct Tap {
+    int64_t row, column;  // in lanes, from where the first tap of the first output reads
+  };
+
+  // `reach` is the farthest tap, `step` goes from one row of outputs to the next.
+  Window(TileShape tile, Tap reach, int64_t step, int64_t kernel_h, int64_t kernel_w, bool apart,
+         const LaneRow& lanes)
+      : tile_(tile),
+        step_(step),
+        apart_(apart),
+        taps_(kernel_h * kernel_w),
+        phases_(std::min(lanes.phases, reach.column + 1)),
+        rows_((tile.rows - 1) * step + reach.row + 1),
+        columns_(tile.columns + reach.column / lanes.phases),
+        lanes_(lanes) {}
+
+  // Vectors of a channel, and from one row of outputs to the next.
+  int64_t of_channel() const {
+    return apart_ ? taps_ * tile_.rows * tile_.columns : rows_ * phases_ * columns_;
+  }
+  int64_t of_row() const { return apart_ ? tile_.columns : step_ * phases_ * columns_; }
+
+  // Where the first output of a tile reads for a tap, in vectors.
+  int64_t place(int64_t tap, Tap at) const {
+    if (apart_) return tap * tile_.rows * tile_.columns;
+    return (at.row * phases_ + at.column % lanes_.phases) * columns_ + at.column / lanes_.phases;
+  }
+
+  // Copies the windows of some channels, of which there are `rows` rows in lanes from `from` on.
+  // `tap(i)` is the i-th tap.
+  template <class Number, class TapOf>
+  void copy(const Number* from, int64_t rows, int64_t channels, TapOf tap, Number* to) const {
+    constexpr int64_t kCount = Lanes<Number>::kCount;
+    const auto piece = [&](int64_t row, int64_t place, int64_t count, Number* piece) {
+      if (row >= rows) return;
+      const Number* vectors = from + (row * lanes_.vectors() + place) * kCount;
+      for (int64_t i = 0; i < count * kCount; ++i) piece[i] = vectors[i];
+    };
+    for (int64_t c = 0; c < channels; ++c, from += lanes_.of_channel * kCount) {
+      if (apart_)
+        for (int64_t i = 0; i < taps_; ++i)
+          for (int64_t r = 0; r < tile_.rows; ++r, to += tile_.columns * kCount)
+            piece(tap(i).row + r * step_, lanes_.place(tap(i).column), tile_.columns, to);
+      else
+        for (int64_t r = 0; r < rows_; ++r)
+          for (int64_t phase = 0; phase < phases_; ++phase, to += columns_ * kCount)
+            piece(r, phase * lanes_.columns, columns_, to);
+    }
+  }
+
+ private:
+  TileShape tile_;
+  int64_t step_;
+  bool apart_;
+  int64_t taps_, phases_, rows_, columns_;
+  LaneRow lanes_;
+};
 
 template <class Number>
 class MaskedConvRun {
@@ -161,14 +231,14 @@ class MaskedConvRun {
         lane_rows_((grid_h_ - 1) * read_h_ + 1 + after_h_ + (backward_ ? before_h_ : 0)),
         dy_(0, 1, conv.out_width, conv.filters),
         tile_(ceil_div(to_.height, write_h_), ceil_div(to_.width, write_w_)),
-        strip_(tile_.rows * ceil_div(kStripColumns, tile_.rows * write_h_ * to_.width)) {
-    const int64_t tile_rows =
-        std::min((tile_.rows - 1) * read_h_ + 1 + reach_h_, tile_.rows * conv.kernel_h);
-    const int64_t tile_columns = std::min(tile_.columns + reach_w_, tile_.columns * conv.kernel_w);
-    const int64_t of_channel = tile_rows * tile_columns * kVectorBytes;
-    block_ = std::clamp<int64_t>(kBlockBytes / of_channel, 1, from_.channels);
-    blocks_ = ceil_div(from_.channels, block_);
-  }
+        window_(tile_,
+                backward_ ? Window::Tap{before_h_, lanes_.before} : Window::Tap{reach_h_, reach_w_},
+                read_h_, conv.kernel_h, conv.kernel_w, conv.dilation_h * conv.dilation_w > 1,
+                lanes_),
+        strip_(tile_.rows * ceil_div(kStripColumns, tile_.rows * write_h_ * to_.width)),
+        block_(std::clamp<int64_t>(kBlockBytes / (window_.of_channel() * kVectorBytes), 1,
+                                   from_.channels)),
+        blocks_(ceil_div(from_.channels, block_)) {}
 
   int64_t scratch_bytes(int64_t kept, int64_t threads) const {
     return shared_bytes(kept) + threads * own_bytes(kept);
@@ -180,10 +250,11 @@ class MaskedConvRun {
            const OpenMP* openmp) const {
     Part* of_filter = reinterpret_cast<Part*>(scratch);
     Part* of_place = of_filter + conv_.filters;
+    int32_t* places = reinterpret_cast<int32_t*>(of_place + conv_.groups * filter_size());
     make_rule(of_filter, of_place);
     Entries<Number> entries(buckets(), kept, scratch + rule_bytes());
     fill_entries(conv_, pass_ == kWeightGradient ? nullptr : weight, mask, {of_filter, of_place},
-                 &entries);
+                 places, &entries);
     char* own = scratch + shared_bytes(kept);
     const int64_t own_size = own_bytes(kept);
     int64_t of = 1;  // threads that there are
@@ -214,7 +285,8 @@ class MaskedConvRun {
 
   int64_t rule_bytes() const {
     const int64_t parts = conv_.filters + conv_.groups * filter_size();
-    return round_up(parts * static_cast<int64_t>(sizeof(Part)), kCacheLine);
+    const int64_t places = filter_size() * sizeof(int32_t);
+    return round_up(parts * static_cast<int64_t>(sizeof(Part)) + places, kCacheLine);
   }
   int64_t shared_bytes(int64_t kept) const {
     return rule_bytes() + Entries<Number>::bytes(buckets(), kept);
@@ -224,40 +296,48 @@ class MaskedConvRun {
     if (pass_ != kWeightGradient) return 0;
     return round_up(kept * static_cast<int64_t>(sizeof(Number)), kCacheLine);
   }
+  // The window of the last tile may end behind the lanes.
   int64_t lane_bytes() const {
-    return round_up(lane_rows_ * lanes_.vectors() * kVectorBytes, kCacheLine);
+    return round_up((lane_rows_ * lanes_.vectors() + tile_.columns) * kVectorBytes, kCacheLine);
+  }
+  int64_t window_bytes() const {
+    return round_up(block_ * window_.of_channel() * kVectorBytes, kCacheLine);
   }
   int64_t own_bytes(int64_t kept) const {
     const int64_t written = pass_ == kWeightGradient ? conv_.out_height * dy_.vectors()
                                                      : to_.channels * strip_ * write_h_ * to_.width;
-    return gradient_bytes(kept) + lane_bytes() + round_up(written * kVectorBytes, kCacheLine);
+    return gradient_bytes(kept) + lane_bytes() + window_bytes() +
+           round_up(written * kVectorBytes, kCacheLine);
   }
 
   // Where each weight is used and what it reads there.
   void make_rule(Part* of_filter, Part* of_place) const {
     const int64_t channels = conv_.channels / conv_.groups, taps = conv_.kernel_h * conv_.kernel_w;
-    for (int64_t o = 0; o < conv_.filters; ++o)
-      of_filter[o] =
-          backward_ ? part(o / block_ * to_.channels, o * lanes_.of_channel) : part(o, 0);
+    for (int64_t o = 0; o < conv_.filters; ++o) of_filter[o] = backward_ ? reads(o) : part(o, 0);
     for (int64_t channel = 0; channel < conv_.channels; ++channel)
-      for (int64_t tap = 0; tap < taps; ++tap) {
+      for (int64_t i = 0; i < taps; ++i) {
         const int64_t c = channel % channels;
-        const int64_t place = conv_.weight_channels_last ? tap * channels + c : c * taps + tap;
-        const int64_t u = tap / conv_.kernel_w * conv_.dilation_h;
-        const int64_t v = tap % conv_.kernel_w * conv_.dilation_w;
-        of_place[channel / channels * filter_size() + place] =
-            backward_ ? backward_part(channel, u, v) : forward_part(channel, u, v);
+        const int64_t place = conv_.weight_channels_last ? i * channels + c : c * taps + i;
+        const int64_t bucket = phase_of(i) * blocks_ * to_.channels + channel;
+        const Part of_channel = backward_ ? part(bucket, 0) : reads(channel);
+        of_place[channel / channels * filter_size() + place] = {
+            of_channel.bucket, of_channel.offset + part(0, window_.place(i, tap(i))).offset};
       }
   }
-  Part forward_part(int64_t channel, int64_t u, int64_t v) const {
-    return part(channel / block_ * to_.channels,
-                u * lanes_.vectors() + channel * lanes_.of_channel + lanes_.place(v));
+  // Of a channel that is read.
+  Part reads(int64_t channel) const {
+    return part(channel / block_ * to_.channels, channel % block_ * window_.of_channel());
   }
   // Input pixels of a phase see the taps of that phase, and the outputs before their own.
-  Part backward_part(int64_t channel, int64_t u, int64_t v) const {
-    const int64_t phase = u % write_h_ * write_w_ + v % write_w_;
-    return part(phase * blocks_ * to_.channels + channel,
-                -(u / write_h_ * lanes_.vectors()) - v / write_w_);
+  int64_t phase_of(int64_t tap) const {
+    return tap / conv_.kernel_w * conv_.dilation_h % write_h_ * write_w_ +
+           tap % conv_.kernel_w * conv_.dilation_w % write_w_;
+  }
+  Window::Tap tap(int64_t i) const {
+    const int64_t u = i / conv_.kernel_w * conv_.dilation_h;
+    const int64_t v = i % conv_.kernel_w * conv_.dilation_w;
+    if (!backward_) return {u, v};
+    return {before_h_ - u / write_h_, lanes_.before - v / write_w_};
   }
   static Part part(int64_t bucket, int64_t vectors) {
     return {static_cast<int32_t>(bucket), static_cast<int32_t>(vectors * kCount)};
@@ -288,13 +368,14 @@ class MaskedConvRun {
   void sums(const Number* from, const Entries<Number>& entries, const Number* bias, Number* to,
             const Worker& worker) const {
     Number* lanes = reinterpret_cast<Number*>(worker.scratch);
-    Number* strip = reinterpret_cast<Number*>(worker.scratch + lane_bytes());
+    Number* window = reinterpret_cast<Number*>(worker.scratch + lane_bytes());
+    Number* strip = reinterpret_cast<Number*>(worker.scratch + lane_bytes() + window_bytes());
     for_each_group(grid_h_, worker, [&](int64_t group, int64_t first, int64_t last) {
       read(from, group, first, last, lanes);
       for (int64_t row = first; row < last; row += strip_) {
         const int64_t end = std::min(row + strip_, last);
         for (int64_t phase = 0; phase < phases(); ++phase)
-          fill_strip(lanes, entries, phase, row, end, bias, strip);
+          fill_strip(lanes, entries, phase, row, end, bias, window, strip);
         write(strip, group, row * write_h_ - shift_h_, (end - row) * write_h_, to);
       }
     });
@@ -302,32 +383,41 @@ class MaskedConvRun {
 
   // Rows [first, last) of the grid, of which one phase of outputs is computed.
   void fill_strip(const Number* lanes, const Entries<Number>& entries, int64_t phase, int64_t first,
-                  int64_t last, const Number* bias, Number* strip) const {
+                  int64_t last, const Number* bias, Number* window, Number* strip) const {
     const int64_t a = phase / write_w_ - shift_h_, b = phase % write_w_ - shift_w_;
     const int64_t top = std::max(first, ceil_div(std::max<int64_t>(-a, 0), write_h_));
     const int64_t left = ceil_div(std::max<int64_t>(-b, 0), write_w_);
     const int64_t bottom = std::min(last, end_of(to_.height - a, write_h_));
     const int64_t right = end_of(to_.width - b, write_w_);
-    const int64_t lane_row = lanes_.vectors() * kCount, strip_row = to_.width * kCount;
-    const Number* x = backward_ ? lanes + before_h_ * lane_row + lanes_.before * kCount : lanes;
+    const int64_t strip_row = to_.width * kCount;
     for (int64_t row = top; row < bottom; row += tile_.rows)
-      for (int64_t column = left; column < right; column += tile_.columns)
-        with_kernel<Number>(
-            std::min(tile_.rows, bottom - row), std::min(tile_.columns, right - column),
-            [&](auto kernel) {
-              const Tile<Number> y = {
-                  strip + ((row - first) * write_h_ + a + shift_h_) * strip_row +
-                      (column * write_w_ + b) * kCount,
-                  write_w_ * kCount, write_h_ * strip_row, strip_ * write_h_ * strip_row};
-              for (int64_t block = 0; block < blocks_; ++block)
-                kernel.sum({entries.start + (phase * blocks_ + block) * to_.channels,
-                            entries.offset, entries.value, to_.channels},
-                           x + row * read_h_ * lane_row + column * kCount, read_h_ * lane_row, y,
-                           block == 0, bias);
-            });
+      for (int64_t column = left; column < right; column += tile_.columns) {
+        const TileKernels<Number> kernels = kernels_of<Number>(
+            std::min(tile_.rows, bottom - row), std::min(tile_.columns, right - column));
+        const Tile<Number> y = {strip + ((row - first) * write_h_ + a + shift_h_) * strip_row +
+                                    (column * write_w_ + b) * kCount,
+                                write_w_ * kCount, write_h_ * strip_row,
+                                strip_ * write_h_ * strip_row};
+        for (int64_t block = 0; block < blocks_; ++block) {
+          copy_window(lanes, row, column, block, window);
+          kernels.sum({entries.start + (phase * blocks_ + block) * to_.channels, entries.offset,
+                       entries.value, to_.channels},
+                      window, window_.of_row() * kCount, y, block == 0, bias);
+        }
+      }
   }
   // The first multiple of `step` that is not below `size`, in steps.
   static int64_t end_of(int64_t size, int64_t step) { return size <= 0 ? 0 : ceil_div(size, step); }
+
+  // Copies what the tile at a place of the grid reads of a block of channels.
+  void copy_window(const Number* lanes, int64_t row, int64_t column, int64_t block,
+                   Number* window) const {
+    const int64_t first = block * block_, top = row * read_h_;
+    const int64_t from = top * lanes_.vectors() + first * lanes_.of_channel + column;
+    window_.copy(
+        lanes + from * kCount, lane_rows_ - top, std::min(block_, from_.channels - first),
+        [&](int64_t i) { return tap(i); }, window);
+  }
 
   // Copies a strip to rows [first, first + rows) of what is written, as far as there are such.
   void write(const Number* strip, int64_t group, int64_t first, int64_t rows, Number* to) const {
@@ -352,25 +442,27 @@ class MaskedConvRun {
                 int64_t kept, const Worker& worker) const {
     Number* gradient = reinterpret_cast<Number*>(worker.scratch);
     Number* lanes = reinterpret_cast<Number*>(worker.scratch + gradient_bytes(kept));
-    Number* dy = reinterpret_cast<Number*>(worker.scratch + gradient_bytes(kept) + lane_bytes());
-    const int64_t x_row = read_h_ * lanes_.vectors() * kCount, dy_row = dy_.vectors() * kCount;
+    Number* window = lanes + lane_bytes() / sizeof(Number);
+    Number* dy = window + window_bytes() / sizeof(Number);
+    const int64_t dy_row = dy_.vectors() * kCount;
     std::fill_n(gradient, kept, Number(0));
     for_each_group(grid_h_, worker, [&](int64_t group, int64_t first, int64_t last) {
       read(x, group, first, last, lanes);
       to_lanes(y_gradient + group * kCount * y_.of_image + first * y_.of_row, y_, images_of(group),
                last - first, dy_, dy + first * dy_row);
       for (int64_t row = first; row < last; row += tile_.rows)
-        for (int64_t column = 0; column < y_.width; column += tile_.columns)
-          with_kernel<Number>(std::min(tile_.rows, last - row),
-                              std::min(tile_.columns, y_.width - column), [&](auto kernel) {
-                                for (int64_t block = 0; block < blocks_; ++block)
-                                  kernel.products({entries.start + block * y_.channels,
-                                                   entries.offset, nullptr, y_.channels},
-                                                  lanes + row * x_row + column * kCount, x_row,
-                                                  {dy + row * dy_row + column * kCount, kCount,
-                                                   dy_row, dy_.of_channel * kCount},
-                                                  gradient);
-                              });
+        for (int64_t column = 0; column < y_.width; column += tile_.columns) {
+          const TileKernels<Number> kernels = kernels_of<Number>(
+              std::min(tile_.rows, last - row), std::min(tile_.columns, y_.width - column));
+          const Tile<const Number> of_y = {dy + row * dy_row + column * kCount, kCount, dy_row,
+                                           dy_.of_channel * kCount};
+          for (int64_t block = 0; block < blocks_; ++block) {
+            copy_window(lanes, row, column, block, window);
+            kernels.products(
+                {entries.start + block * y_.channels, entries.offset, nullptr, y_.channels}, window,
+                window_.of_row() * kCount, of_y, gradient);
+          }
+        }
     });
   }
 
@@ -389,6 +481,7 @@ class MaskedConvRun {
   int64_t lane_rows_;
   LaneRow dy_;
   TileShape tile_;
+  Window window_;
   int64_t strip_;           // rows of the grid between two writes
   int64_t block_, blocks_;  // of the channels that are read
 };

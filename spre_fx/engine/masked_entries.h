@@ -43,56 +43,61 @@ struct EntryRule {
   const Part* of_place;  // [groups][numbers of a filter]
 };
 
-// `then(place in the filter)` for each set byte of a mask, in order.
-template <class Then>
-void for_each_kept(const uint8_t* mask, int64_t count, Then then) {
-  int64_t i = 0;
+// The number of set bytes of a mask, whose bytes are 0 or 1.
+inline int64_t count_kept(const uint8_t* mask, int64_t count) {
+  int64_t kept = 0, i = 0;
   for (; i + 8 <= count; i += 8) {
     uint64_t word;
     std::memcpy(&word, mask + i, sizeof(word));
-    for (; word != 0; word &= word - 1) then(i + __builtin_ctzll(word) / 8);
+    kept += static_cast<int64_t>(word * 0x0101010101010101u >> 56);
   }
-  for (; i < count; ++i)
-    if (mask[i]) then(i);
-}
-
-inline int64_t count_kept(const uint8_t* mask, int64_t count) {
-  int64_t kept = 0;
-  for (int64_t i = 0; i < count; ++i) kept += mask[i];
+  for (; i < count; ++i) kept += mask[i];
   return kept;
 }
 
 // Sorts the weights that a mask keeps into buckets, by counting. Without weights, only the rest.
+//
+// `kept` takes a filter's places: as many as a filter has weights. No branch asks for a byte of the
+// mask: which are set cannot be foretold.
 template <class Number>
 void fill_entries(const MaskedConv& conv, const Number* weight, const uint8_t* mask,
-                  const EntryRule& rule, Entries<Number>* entries) {
+                  const EntryRule& rule, int32_t* kept, Entries<Number>* entries) {
   const int64_t size = conv.channels / conv.groups * conv.kernel_h * conv.kernel_w;
   const int64_t filters = conv.filters / conv.groups;
+  const auto for_each_filter = [&](auto then) {
+    for (int64_t o = 0; o < conv.filters; ++o) {
+      int64_t count = 0;
+      for (int64_t i = 0; i < size; ++i) {
+        kept[count] = static_cast<int32_t>(i);
+        count += mask[o * size + i];
+      }
+      then(o, rule.of_place + o / filters * size, count);
+    }
+  };
   std::fill_n(entries->start, entries->buckets + 1, 0);
   int32_t* next = entries->start + 1;  // of each bucket
-  for (int64_t o = 0; o < conv.filters; ++o) {
-    const EntryRule::Part* parts = rule.of_place + o / filters * size;
+  for_each_filter([&](int64_t o, const EntryRule::Part* parts, int64_t count) {
     int32_t* of_filter = next + rule.of_filter[o].bucket;
-    for_each_kept(mask + o * size, size, [&](int64_t i) { ++of_filter[parts[i].bucket]; });
-  }
+    for (int64_t i = 0; i < count; ++i) ++of_filter[parts[kept[i]].bucket];
+  });
   for (int64_t bucket = 0, sum = 0; bucket < entries->buckets; ++bucket) {
     const int32_t count = next[bucket];
     next[bucket] = static_cast<int32_t>(sum);
     sum += count;
   }
-  for (int64_t o = 0; o < conv.filters; ++o) {
-    const EntryRule::Part* parts = rule.of_place + o / filters * size;
+  for_each_filter([&](int64_t o, const EntryRule::Part* parts, int64_t count) {
     int32_t* of_filter = next + rule.of_filter[o].bucket;
     const int32_t shift = rule.of_filter[o].offset;
-    for_each_kept(mask + o * size, size, [&](int64_t i) {
-      const int32_t entry = of_filter[parts[i].bucket]++;
-      entries->offset[entry] = parts[i].offset + shift;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t place = o * size + kept[i];
+      const int32_t entry = of_filter[parts[kept[i]].bucket]++;
+      entries->offset[entry] = parts[kept[i]].offset + shift;
       if (weight != nullptr)
-        entries->value[entry] = weight[o * size + i];
+        entries->value[entry] = weight[place];
       else
-        entries->place[entry] = static_cast<int32_t>(o * size + i);
-    });
-  }
+        entries->place[entry] = static_cast<int32_t>(place);
+    }
+  });
 }
 
 }  // namespace spre
