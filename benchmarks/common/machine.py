@@ -27,7 +27,8 @@ def sentence(machine: dict[str, Any]) -> str:
     """The same for people, on one line."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     flags = ", ".join(machine["flags"]) or "no vector instructions that are listed"
-    return f"{machine['cpu']} ({flags}), {machine['cores']} cores; {versions}"
+    gpu = f", {machine['gpu']}" if "gpu" in machine else ""
+    return f"{machine['cpu']} ({flags}), {machine['cores']} cores{gpu}; {versions}"
 
 
 def has_bfloat16() -> bool:
