@@ -69,7 +69,7 @@ def measure(training: Training, steps: int, *, split: bool = True) -> dict[str, 
     with ExitStack() as stack:
         stack.enter_context(_marked_masks(training.network))
         if split:
-            stack.enter_context(_SplitGradients())
+            stack.enter_context(_SplitGradients())  # type: ignore[no-untyped-call]
         training.step()
         profiler = stack.enter_context(profile(activities=activities))
         total = 0.0
@@ -93,7 +93,7 @@ def by_kind(
     taken: dict[str, float] = defaultdict(float)
     for event in events:
         kind = _kind(event)
-        if kind is not None and event.device_type == torch.autograd.DeviceType.CPU:
+        if kind is not None and event.device_type.name == "CPU":
             own = event.self_device_time_total if cuda else event.self_cpu_time_total
             taken[kind] += own / 1e3 / steps
     rest = total / steps - sum(taken.values())

@@ -51,7 +51,8 @@ class LiveTaps(nn.Module):
         descending = torch.sort(magnitude.flatten(), descending=True).values
         threshold = descending[math.ceil(weight.numel() * n / m) - 1]
         kept = (magnitude >= threshold).sum((0, 1))
-        return kept * m > n * weight.shape[0] * weight.shape[1]
+        live: Tensor = kept * m > n * weight.shape[0] * weight.shape[1]
+        return live
 
 
 class SRSTEWeight(torch.autograd.Function):
@@ -101,15 +102,17 @@ class TwoBranches(nn.Module):
         weight = self.conv.weight
         mask = self.nm_mask(weight)  # Algorithm 1, line 3
         mask_spre = mask * self.live_taps(weight)  # line 4, Eq. 8
-        y = self.bn(run(self.conv, x, SRSTEWeight.apply(weight, mask)))
-        return y + self.bn_spre(run(self.conv_spre, x, self.conv_spre.weight * mask_spre))
+        main: Tensor = self.bn(run(self.conv, x, SRSTEWeight.apply(weight, mask)))
+        spre: Tensor = self.bn_spre(run(self.conv_spre, x, self.conv_spre.weight * mask_spre))
+        return main + spre
 
 
 def run(layer: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor) -> Tensor:
     """A layer with another weight in the place of its own."""
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, layer.bias)
-    return layer._conv_forward(x, weight, layer.bias)
+    y: Tensor = layer._conv_forward(x, weight, layer.bias)
+    return y
 
 
 def algorithm_1(model: nn.Module, pattern: Pattern) -> nn.Module:
@@ -121,12 +124,11 @@ def algorithm_1(model: nn.Module, pattern: Pattern) -> nn.Module:
     model = copy.deepcopy(model)
     bn_of = _batch_norms(model)
     for name, layer in list(model.named_modules()):
-        if not isinstance(layer, nn.Conv2d | nn.Linear):
+        if not isinstance(layer, nn.Conv2d | nn.Linear) or layer.weight.shape[1] < pattern.m:
             continue
-        if layer.weight.shape[1] < pattern.m:
-            continue
-        if name in bn_of and layer.weight[0, 0].numel() > 1:
-            bn = model.get_submodule(bn_of[name])
+        bn = model.get_submodule(bn_of[name]) if name in bn_of else None
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1) and bn is not None:
+            assert isinstance(bn, nn.BatchNorm2d)
             model.set_submodule(name, TwoBranches(layer, bn, pattern))
             model.set_submodule(bn_of[name], nn.Identity())
         else:
@@ -142,5 +144,5 @@ def _batch_norms(model: nn.Module) -> dict[str, str]:
         if isinstance(modules.get(str(node.target)), nn.BatchNorm2d):
             (before,) = node.all_input_nodes
             if isinstance(modules.get(str(before.target)), nn.Conv2d) and len(before.users) == 1:
-                found[before.target] = node.target
+                found[str(before.target)] = str(node.target)
     return found
