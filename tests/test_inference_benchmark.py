@@ -128,7 +128,7 @@ def test_end_to_end_and_resumed(tmp_path, script):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"setting": {"model": "resn')  # a kill cut it short
     assert "batch 4, 1 thread, float32: over eager: 1:4 " in run(rows, "--engines", "eager", "1:4")
-    (found,) = script["read_rows"](rows).values()
+    (found,) = script["rows"].read(rows, script["key"]).values()
     assert found["setting"] == SETTING
     assert (found["fastest"], found["left_out"], found["failed"]) == ("eager", {}, {})
     assert all(0 < difference <= 1e-5 for difference in found["differences"].values())

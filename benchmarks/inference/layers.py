@@ -14,9 +14,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1] / "common"))
 
 import machine
 import networks

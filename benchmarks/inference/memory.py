@@ -11,8 +11,6 @@ in that process.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import importlib
 import json
 import subprocess
@@ -21,9 +19,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1] / "common"))
+
 import engines
 import machine
 import networks
+import process_memory
 import torch
 from tabulate import tabulate
 from torch import nn
@@ -82,33 +83,16 @@ def measure(name: str, directory: Path, options: argparse.Namespace) -> tuple[in
     torch.set_num_threads(options.threads)
     if name in _ONNX:
         importlib.import_module(name)
-    _warm_up()
-    before = _resident("VmRSS")
+    process_memory.warm_up()
+    before = process_memory.resident()
     runner = load(name, directory, options)
-    _release()
-    loaded = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    process_memory.release()
+    loaded = process_memory.resident()
+    process_memory.forget_peak()
     with torch.inference_mode():
         for _ in range(3):
             runner()
-    return loaded - before, _resident("VmHWM") - before
-
-
-def _warm_up() -> None:
-    """Load what the first conv of a process loads."""
-    with torch.inference_mode():
-        nn.Conv2d(16, 16, 3)(torch.randn(1, 16, 8, 8))
-    _release()
-
-
-def _release() -> None:
-    """Hand back to the system what is free, so that it is not counted."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-
-
-def _resident(field: str) -> int:
-    return 1024 * int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
+    return loaded - before, process_memory.peak() - before
 
 
 def measure_apart(name: str, directory: Path, options: argparse.Namespace) -> tuple[int, int] | str:

@@ -15,8 +15,11 @@ import math
 import statistics
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
+
+sys.path.append(str(Path(__file__).parents[1] / "common"))
 
 import machine
 import networks

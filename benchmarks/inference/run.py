@@ -23,9 +23,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "common"))
+
 import engines
 import machine
 import networks
+import rows
 import tables
 import timing
 import torch
@@ -181,24 +184,10 @@ def key(row: dict[str, Any]) -> str:
     return json.dumps([row[part] for part in ("setting", "machine", "backend")], sort_keys=True)
 
 
-def read_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """The rows written so far, by key; the last of a key counts."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill cuts the last short
-    return {key(row): row for row in rows}
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a row, on a line of its own even after one that was cut short."""
-    before = path.read_text() if path.exists() else ""
-    with path.open("a") as file:
-        file.write(("\n" if before and not before.endswith("\n") else "") + json.dumps(row) + "\n")
-
-
-def is_done(setting: dict[str, Any], rows: dict[str, Any], options: argparse.Namespace) -> bool:
+def is_done(setting: dict[str, Any], done: dict[str, Any], options: argparse.Namespace) -> bool:
     """Whether a row for the setting, on this machine, has all engines that are asked for."""
     here = {"setting": setting, "machine": machine.describe(), "backend": options.backend}
-    return set(options.engines) <= set(rows.get(key(here), {}).get("engines", ()))
+    return set(options.engines) <= set(done.get(key(here), {}).get("engines", ()))
 
 
 def parse() -> argparse.Namespace:
@@ -230,8 +219,8 @@ def parse() -> argparse.Namespace:
 
 def measure_all(options: argparse.Namespace) -> list[str]:
     """Measure what has no row yet, and say what went wrong, as lines."""
-    rows = read_rows(options.rows)
-    todo = [s for s in settings(options) if options.again or not is_done(s, rows, options)]
+    done = rows.read(options.rows, key)
+    todo = [s for s in settings(options) if options.again or not is_done(s, done, options)]
     if any(s["dtype"] == "bfloat16" for s in todo) and not machine.has_bfloat16():
         print("bfloat16: this CPU has no instruction that multiplies it; not measured")
         todo = [s for s in todo if s["dtype"] != "bfloat16"]
@@ -241,7 +230,7 @@ def measure_all(options: argparse.Namespace) -> list[str]:
         progress.set_description(name)
         row = measure_apart(setting, options)
         if "error" not in row:
-            append(options.rows, row)
+            rows.append(options.rows, row)
         for engine, reason in row.get("left_out", {}).items():
             tqdm.write(f"{name}: {engine} left out: {reason}")
         bad = row.get("failed", {}) | ({"all": row["error"]} if "error" in row else {})
@@ -258,12 +247,12 @@ def main() -> None:
         return
     print(machine.sentence(machine.describe()), flush=True)
     wrong = measure_all(options)
-    rows = list(read_rows(options.rows).values())
+    measured = list(rows.read(options.rows, key).values())
     path = options.table or options.rows.with_suffix(".md")
-    path.write_text(tables.document(rows))
+    path.write_text(tables.document(measured))
     if options.plot:
-        tables.plot(rows, options.plot)
-    print(f"{path}: {len(rows)} settings")
+        tables.plot(measured, options.plot)
+    print(f"{path}: {len(measured)} settings")
     if wrong:
         sys.exit("\n".join(wrong))
 

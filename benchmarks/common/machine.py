@@ -1,9 +1,10 @@
-"""What a measurement ran on: the CPU, what it can do, and the versions of all engines."""
+"""What a measurement ran on: the CPU, what it can do, and the versions of what was measured."""
 
 from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ _PACKAGES = ("torch", "torchvision", "onnxruntime", "openvino", "spre_fx")
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
 
 
-def describe() -> dict[str, Any]:
-    """CPU, its vector instructions, the cores this process may use, and versions."""
+def describe(packages: Sequence[str] = _PACKAGES) -> dict[str, Any]:
+    """CPU, its vector instructions, the cores this process may use, and versions of packages."""
     return {
         "cpu": _cpuinfo("model name") or platform.machine(),
         "flags": [flag for flag in _FLAGS if flag in _cpuinfo("flags").split()],
         "cores": len(os.sched_getaffinity(0)),
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
     }
 
 
@@ -26,7 +27,8 @@ def sentence(machine: dict[str, Any]) -> str:
     """The same for people, on one line."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     flags = ", ".join(machine["flags"]) or "no vector instructions that are listed"
-    return f"{machine['cpu']} ({flags}), {machine['cores']} cores; {versions}"
+    gpu = f", {machine['gpu']}" if "gpu" in machine else ""
+    return f"{machine['cpu']} ({flags}), {machine['cores']} cores{gpu}; {versions}"
 
 
 def has_bfloat16() -> bool:
