@@ -216,6 +216,10 @@ class _NMConv(NMLayer, _ConvForward):
         y = self._masked_forward(input, weight, mask)
         return y if self.live_taps is None else (y, mask, self.live_taps(self.weight, update))
 
+    def extra_repr(self) -> str:
+        """That of an N:M layer, and whether it may compute with its kept weights alone."""
+        return super().extra_repr() + (", compute=sparse" if self.sparse is not None else "")
+
 
 class NMConv1d(_NMConv, nn.Conv1d):
     """N:M sparse `nn.Conv1d`."""
