@@ -1,4 +1,4 @@
-"""The CPU engine: C++ kernels that run a whole program of layers in one call, and make masks.
+"""The CPU engine: C++ kernels that run a whole program of layers in one call, and train.
 
 `engine.h` says what a program is, `training.h` what there is for training. The kernels are compiled
 once for each instruction set when spre_fx is installed; `load` takes the best of them that this CPU

@@ -1,7 +1,8 @@
-// The C interface of what training asks of a CPU: masks of weights, and weights that are masked.
+// The C interface of what training asks of a CPU: masks of weights, weights that are masked, and
+// convs that compute with what their masks keep.
 //
 // A mask holds a byte for each weight, 0 or 1, in the same place. Nothing keeps state, and nothing
-// depends on the number of threads.
+// but the rounding of a conv's weight gradient depends on the number of threads.
 #pragma once
 
 #include <cstdint>
