@@ -39,7 +39,8 @@ class MaskedConv:
         return of_x, of_weight * self.mask
 
     def _kept_weight(self) -> Tensor:
-        return self.weight.double() * self.mask
+        kept = self.weight.double() * self.mask
+        return kept.contiguous()  # torch has no gradients for some other strides
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
