@@ -89,6 +89,15 @@ def test_the_number_of_threads_changes_at_most_the_rounding_of_weight_gradients(
         assert_close(weight_gradient, alone[2].double())
 
 
+def test_more_threads_than_rows() -> None:
+    geometry = Geometry([2, 1], [0, 0], [1, 1], 1)
+    x, weight = torch.randn(3, 4, 3, 5), torch.randn(6, 4, 1, 3)
+    conv = MaskedConv(x, weight, weight > 0, None, torch.randn(3, 6, 2, 3), geometry)
+    for threads in range(1, 9):
+        torch.set_num_threads(threads)
+        check(conv)
+
+
 def conv_of_one_weight(kept: bool) -> MaskedConv:
     geometry = Geometry([1, 1], [1, 1], [1, 1], 1)
     operands = torch.full((1, 1, 1, 1), 3.0), torch.full((1, 1, 3, 3), 5.0)
