@@ -1,6 +1,7 @@
 """The compiler: tracer, matcher and one file per pass. Lives in `passes/` of the repository."""
 
 from spre_fx.passes.base import Account, Pass, PassResult, Reason, Skip
+from spre_fx.passes.compute_sparsely import ComputeSparsely
 from spre_fx.passes.duplicate_branches import DuplicateBranches
 from spre_fx.passes.fold_branches import FoldBranches
 from spre_fx.passes.fuse_epilogues import FuseEpilogues
@@ -23,6 +24,7 @@ from spre_fx.passes.wire_unstructured import WireUnstructured
 
 __all__ = [
     "Account",
+    "ComputeSparsely",
     "DuplicateBranches",
     "FoldBranches",
     "FuseEpilogues",

@@ -40,13 +40,15 @@ class ComputeSparsely(Pass):
             spre = _spre_conv(view, candidate)
             if spre is not None:
                 spre.sparse = SparseCompute(geometry, density, not spre.straight_through)
-        return Account(tuple(set(view.candidates) - set(skipped)), skipped)
+        return Account(tuple(name for name in view.candidates if name not in skipped), skipped)
 
 
 def _refusal(name: str, module: nn.Module | None) -> Skip | None:
     if not isinstance(module, NMConv2d):
         found = type(module).__name__
         return Skip(Reason.NOT_SPARSE, f"{name}: expected a masked Conv2d, found {found}")
+    if module.sparse is not None:
+        return Skip(Reason.ALREADY_DONE, f"{name}: is marked by an earlier run")
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         detail = f"{name}: padding={module.padding!r}, padding_mode={module.padding_mode!r}"
         return Skip(Reason.REFUSED, detail)

@@ -234,15 +234,15 @@ class _Probe(MaskMethod):
 
 @contextlib.contextmanager
 def _probed(layers: Mapping[str, NMLayer], *, dense: bool) -> Iterator[dict[str, _Probe]]:
-    methods = {name: layer.method for name, layer in layers.items()}
+    before = {name: (layer.method, layer.sparse) for name, layer in layers.items()}
     probes = {name: _Probe(dense=dense) for name in layers}
     try:
-        for name, layer in layers.items():
-            layer.method = probes[name]
+        for name, layer in layers.items():  # sparse convs leave out what removed weights are due
+            layer.method, layer.sparse = probes[name], None
         yield probes
     finally:
         for name, layer in layers.items():
-            layer.method = methods[name]
+            layer.method, layer.sparse = before[name]
 
 
 @contextlib.contextmanager

@@ -77,6 +77,8 @@ class SparseCompute:
         if not native_conv.takes(x, weight, mask):
             return Pass(0)
         out = native_conv.output_shape(x, weight, self.geometry)
+        if x.shape[1] != weight.shape[1] * self.geometry.groups or min(out) <= 0:
+            return Pass(0)  # which torch refuses, in its own words
         products = prod(out) * weight[0].numel()
         if not products:
             return Pass(0)
@@ -126,9 +128,9 @@ def _masked_conv(  # noqa: PLR0917
     passes: int,
 ) -> Tensor:
     geometry = Geometry(stride, padding, dilation, groups)
-    if passes & Pass.FORWARD:
+    if passes & Pass.FORWARD and (bias is None or bias.dtype == x.dtype):
         return native_conv.forward(x, weight, mask, bias, geometry)
-    return F.conv2d(x, weight, bias, *geometry)
+    return _like(F.conv2d(x, weight, bias, *geometry), x)
 
 
 @torch.library.custom_op("spre_fx::masked_conv_backward", mutates_args=())
@@ -146,8 +148,7 @@ def _masked_conv_backward(  # noqa: PLR0917
 ) -> tuple[Tensor, Tensor]:
     geometry = Geometry(stride, padding, dilation, groups)
     of_x, of_weight = wanted
-    none = x.new_empty(0)
-    x_gradient = weight_gradient = none
+    x_gradient, weight_gradient = x.new_empty(0), x.new_empty(0)
     if of_x and passes & Pass.INPUT_GRADIENT:
         x_gradient, of_x = native_conv.input_gradient(gradient, x, weight, mask, geometry), False
     if of_weight and passes & Pass.WEIGHT_GRADIENT:
@@ -155,9 +156,14 @@ def _masked_conv_backward(  # noqa: PLR0917
         of_weight = False
     if of_x or of_weight:
         dense = _dense_backward(gradient, x, weight, geometry, [of_x, of_weight])
-        x_gradient = x_gradient if dense[0] is None else dense[0]
+        x_gradient = x_gradient if dense[0] is None else _like(dense[0], x)
         weight_gradient = weight_gradient if dense[1] is None else dense[1]
-    return x_gradient, weight_gradient
+    return x_gradient, _like(weight_gradient, weight) if wanted[1] else weight_gradient
+
+
+def _like(result: Tensor, operand: Tensor) -> Tensor:
+    """In the memory format in which kernels read an operand, as compilers are told."""
+    return result.contiguous(memory_format=native_conv.memory_format(operand))
 
 
 def _dense_backward(
@@ -190,10 +196,13 @@ def _(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
 
 @_masked_conv_backward.register_fake
 def _(_gradient: Tensor, x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    of_x, of_weight = others[-1]
-    none = x.new_empty(0)
-    x_gradient = torch.empty_like(x, memory_format=native_conv.memory_format(x))
-    return x_gradient if of_x else none, torch.empty_like(weight) if of_weight else none
+    x_gradient, weight_gradient = (
+        torch.empty_like(one, memory_format=native_conv.memory_format(one))
+        if wanted
+        else x.new_empty(0)
+        for one, wanted in zip((x, weight), others[-1], strict=True)
+    )
+    return x_gradient, weight_gradient
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001

@@ -131,6 +131,7 @@ class NMLayer(nn.Module):
     nm_mask: nn.Module
     live_taps: nn.Module | None
     dense_gradient: nn.Module | None
+    sparse: SparseCompute | None = None  # how a conv leaves out what its mask does
     clock: tuple[MaskSchedule] | None = None  # in a tuple, for it is no submodule of the layer
 
     def signal(self, update: Tensor | None) -> Tensor | None:

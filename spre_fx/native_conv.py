@@ -78,7 +78,7 @@ def forward(
         y,
         x=x.contiguous(memory_format=layout),
         weight=weight,
-        bias=bias,
+        bias=None if bias is None else bias.contiguous(),
     )
     return y
 
@@ -117,7 +117,7 @@ def _run(
     weight = operands.get("weight")
     if weight is not None:
         operands["weight"] = weight.contiguous(memory_format=of_weight)
-    conv = _describe(input, mask, geometry)
+    conv = describe(input, mask, geometry)
     threads = torch.get_num_threads()
     kept = engine.count_kept(mask.data_ptr(), mask.numel())
     scratch = torch.empty(
@@ -137,7 +137,8 @@ def _run(
     )
 
 
-def _describe(x: Tensor, mask: Tensor, geometry: Geometry) -> MaskedConv:
+def describe(x: Tensor, mask: Tensor, geometry: Geometry) -> MaskedConv:
+    """Shapes and layouts, as the kernels want them."""
     images, channels, *size = x.shape
     *_, height, width = output_shape(x, mask, geometry)
     stride, padding, dilation, groups = geometry

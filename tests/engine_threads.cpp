@@ -120,6 +120,63 @@ std::vector<float> train(int64_t threads, unsigned seed) {
   return all;
 }
 
+// The passes of convs with masked weights, in both memory formats, with a stride and without.
+// Numbers are small integers, so that every sum is exact, however it is divided among threads.
+std::vector<float> convolve(int64_t threads, unsigned seed) {
+  constexpr int64_t kImages = 21, kInputs = 12, kFilters = 10, kWidth = 7, kHeight = 9;
+  constexpr int64_t kWeights = kFilters * kInputs / 2 * kTaps;
+  const auto draw = [&](int64_t count) {
+    std::vector<float> numbers(count);
+    for (float& x : numbers)
+      x = static_cast<float>(static_cast<int32_t>(seed = seed * 1664525u + 1013904223u) >> 29);
+    return numbers;
+  };
+  std::vector<uint8_t> mask;
+  for (float x : draw(kWeights)) mask.push_back(x > 1);
+  const std::vector<float> weight = draw(kWeights), bias = draw(kFilters);
+  const int64_t kept = spre_count_kept(mask.data(), kWeights);
+  const spre::OpenMP openmp = {parallel, number, count};
+  std::vector<float> all;
+  for (int64_t channels_last : {0, 1})
+    for (int64_t stride : {1, 2}) {
+      const int64_t height = (kHeight - 1) / stride + 1, width = (kWidth - 1) / stride + 1;
+      const spre::MaskedConv conv = {sizeof(float),
+                                     kImages,
+                                     kInputs,
+                                     kHeight,
+                                     kWidth,
+                                     kFilters,
+                                     height,
+                                     width,
+                                     3,
+                                     3,
+                                     stride,
+                                     stride,
+                                     1,
+                                     1,
+                                     1,
+                                     1,
+                                     2,
+                                     channels_last,
+                                     channels_last};
+      const std::vector<float> x = draw(kImages * kInputs * kHeight * kWidth);
+      const std::vector<float> dy = draw(kImages * kFilters * height * width);
+      const size_t sizes[] = {dy.size(), x.size(), weight.size()};
+      for (int64_t pass : {spre::kForward, spre::kInputGradient, spre::kWeightGradient}) {
+        struct alignas(64) Line {
+          char bytes[64];
+        };
+        std::vector<Line> scratch(spre_masked_conv_scratch(&conv, pass, kept, threads) / 64 + 1);
+        std::vector<float> result(sizes[pass]);
+        spre_masked_conv(&conv, pass, x.data(), dy.data(), weight.data(), mask.data(),
+                         pass == spre::kForward ? bias.data() : nullptr, result.data(), kept,
+                         scratch.data(), threads, &openmp);
+        all.insert(all.end(), result.begin(), result.end());
+      }
+    }
+  return all;
+}
+
 // Whether a function gives the same on any number of threads, with another run of it beside.
 template <class Run>
 bool same_on_all_threads(Run run) {
@@ -140,7 +197,8 @@ bool same_on_all_threads(Run run) {
 }  // namespace
 
 int main() {
-  const bool same = same_on_all_threads(run) && same_on_all_threads(train);
+  const bool same =
+      same_on_all_threads(run) && same_on_all_threads(train) && same_on_all_threads(convolve);
   if (!same) std::fprintf(stderr, "results depend on the number of threads\n");
   return same ? 0 : 1;
 }

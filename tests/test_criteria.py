@@ -76,6 +76,22 @@ def test_grasp_is_weight_times_hessian_times_gradient():
     torch.testing.assert_close(found, conv.weight * product, rtol=1e-8, atol=1e-15)
 
 
+@pytest.mark.parametrize("criterion", [Taylor(), SNIP(), GraSP()], ids=str)
+def test_scores_do_not_depend_on_how_training_computes(criterion):
+    found = []
+    for compute in ("auto", "dense"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(32, 32, 3), nn.BatchNorm2d(32), nn.Tanh()).double()
+        options = {"method": "asp", "criterion": criterion, "compute": compute}
+        prepared = spre_fx.prepare(model, "1:4", **options)
+        images = torch.randn(16, 32, 6, 6, dtype=torch.float64)
+        marked = prepared.get_submodule("0").sparse
+        found.append(scores(prepared, criterion, lambda: loss_of(prepared, images)))  # noqa: B023
+        assert prepared.get_submodule("0").sparse is marked
+        assert (marked is None) is (compute == "dense")
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-15)
+
+
 def test_taps_are_those_where_the_best_scores_are_by_hand():
     taps = CriterionTaps(torch.ones(3, dtype=torch.bool), spre_fx.Pattern(1, 2), Taylor(), None)
     taps.set(torch.tensor([[[3.0, 0.0, 1.0], [3.0, 0.0, -5.0]]]))  # keeps 3 of 6: 3, 3, 1

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from spre_fx import OptionError, engine
-from spre_fx.engine import Activation, Kind, Step, Type, Weight, library
+from spre_fx import OptionError, engine, native_conv
+from spre_fx.engine import Activation, Kind, MaskedConv, Step, Type, Weight, library
 
 SOURCES = Path(engine.__file__).parent
 HEADER = (SOURCES / "engine.h").read_text()
@@ -53,12 +53,22 @@ def test_the_fields_of_a_step_are_those_of_the_header():
     ]
 
 
-def test_the_fields_of_a_weight_are_those_of_the_header():
-    struct = re.search(r"struct Weight \{(.*?)\};", TRAINING_HEADER, re.S)[1]
+@pytest.mark.parametrize("kind", [Weight, MaskedConv])
+def test_the_fields_of_what_training_asks_for_are_those_of_the_header(kind):
+    struct = re.search(rf"struct {kind.__name__} \{{(.*?)\}};", TRAINING_HEADER, re.S)[1]
     lines = re.findall(r"(?:const void\*|int64_t) ([\w, ]+);", struct)
     assert [name for line in lines for name in line.split(", ")] == [
-        name for name, _ in Weight._fields_
+        name for name, _ in kind._fields_
     ]
+
+
+def test_the_numbers_of_the_passes_are_those_of_the_header():
+    body = re.search(r"enum MaskedConvPass : int64_t \{(.*?)\};", TRAINING_HEADER, re.S)[1]
+    assert {name: int(number) for name, number in re.findall(r"k(\w+) = (\d+)", body)} == {
+        "Forward": native_conv.FORWARD,
+        "InputGradient": native_conv.INPUT_GRADIENT,
+        "WeightGradient": native_conv.WEIGHT_GRADIENT,
+    }
 
 
 def test_every_function_has_the_arguments_of_its_header():

@@ -27,6 +27,7 @@ from spre_fx.backends import DenseBackend
 from spre_fx.cpu_backend import CPUBackend
 from spre_fx.passes import (
     Account,
+    ComputeSparsely,
     DuplicateBranches,
     FoldBranches,
     FuseEpilogues,
@@ -60,6 +61,10 @@ def duplicated(model: nn.Module) -> GraphModule:
     return randomise(DUPLICATE(modularised(model)).graph_module)
 
 
+def wired(model: nn.Module) -> GraphModule:
+    return WIRE(duplicated(model)).graph_module
+
+
 def specialised(model: nn.Module) -> GraphModule:
     return SpecialiseToEval()(prepare(model, schedule=EveryK(2))).graph_module
 
@@ -90,6 +95,8 @@ RUNS: dict[str, tuple[Pass, Callable[[nn.Module], GraphModule]]] = {
     "wire unstructured masks": (UNSTRUCTURED, trace),
     "wire branches": (WIRE, duplicated),
     "wire branches with a schedule": (WireMasks(POLICY, ASP(), EveryK(2)), duplicated),
+    "compute sparsely in a dense graph": (ComputeSparsely(), trace),
+    "compute sparsely": (ComputeSparsely(), wired),
     "specialise a dense graph": (SpecialiseToEval(), trace),
     "specialise": (SpecialiseToEval(), prepare),
     "fold a dense graph": (FoldBranches(), trace),

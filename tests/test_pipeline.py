@@ -6,11 +6,12 @@ from models import AuxiliaryHead, Residual, assert_same, kinds, run
 from torch import nn
 from torch.fx import GraphModule
 
-from spre_fx import SRSTE, EveryK, EveryStep, Pattern, SpRe
+from spre_fx import GMP, SRSTE, CubicRamp, EveryK, EveryStep, Pattern, SpRe
 from spre_fx.backends import DenseBackend
 from spre_fx.choice import Timings
 from spre_fx.modules import NMLayer
 from spre_fx.passes import (
+    ComputeSparsely,
     DuplicateBranches,
     FoldBranches,
     FuseEpilogues,
@@ -20,6 +21,7 @@ from spre_fx.passes import (
     Policy,
     SpecialiseToEval,
     WireMasks,
+    WireUnstructured,
     deployment_pipeline,
     lowering_pipeline,
     trace,
@@ -42,6 +44,24 @@ def test_the_training_pipeline_duplicates_and_wires() -> None:
 def test_without_a_branch_the_training_pipeline_only_wires() -> None:
     plain = training_pipeline(POLICY, SRSTE(), EveryK(2), branch=None, gamma=1.0)
     assert plain.passes == (ModulariseCalls(), WireMasks(POLICY, SRSTE(), EveryK(2)))
+
+
+@pytest.mark.parametrize("branch", [SpRe(), None], ids=str)
+def test_sparse_compute_comes_last(branch: SpRe | None) -> None:
+    options = {"branch": branch, "gamma": 0.5}
+    dense = training_pipeline(POLICY, SRSTE(), EveryStep(), **options)
+    sparse = training_pipeline(POLICY, SRSTE(), EveryStep(), **options, sparse=True)
+    assert sparse.passes == (*dense.passes, ComputeSparsely())
+    assert sparse.index_of_masks == dense.index_of_masks
+    assert isinstance(sparse.passes[sparse.index_of_masks], WireMasks)
+
+
+def test_unstructured_masks_are_computed_with_as_dense_ones() -> None:
+    options = {"branch": None, "gamma": 1.0, "sparse": True}
+    pipeline = training_pipeline(POLICY, GMP(), CubicRamp(0, 4), **options)
+    wire = WireUnstructured(POLICY, GMP(), CubicRamp(0, 4))
+    assert pipeline.passes == (ModulariseCalls(), wire)
+    assert pipeline.index_of_masks == 1
 
 
 def test_the_deployment_pipeline_specialises_and_folds() -> None:

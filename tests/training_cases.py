@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 from engine_cases import THREADS, Fenced, fenced
+from masked_convs import assert_close, draw_conv
 from torch import Tensor
 from weights import DTYPES, KINDS, draw_weight
 
-from spre_fx import mask_ops
+from spre_fx import mask_ops, native_conv
 from spre_fx.engine import Engine, Weight, library
 from spre_fx.patterns import Pattern
 
@@ -123,11 +124,53 @@ def decay_gradient(engine: Engine, seed: int, threads: int) -> None:
     assert_same(y, expected, draw.memory, memory, byte_mask)
 
 
+# What each pass reads besides the mask, and what its result lies in memory like.
+PASSES = (
+    (("x", "weight", "bias"), "x"),
+    (("y_gradient", "weight"), "x"),
+    (("x", "y_gradient"), "mask"),
+)
+
+
+def masked_conv(engine: Engine, seed: int, threads: int) -> None:
+    draw = random.Random(seed)
+    conv = draw_conv(draw, draw.choice((torch.float32, torch.float64)))
+    of_x, of_weight = (native_conv.memory_format(tensor) for tensor in (conv.x, conv.mask))
+    formats = {"x": of_x, "y_gradient": of_x, "weight": of_weight, "mask": of_weight}
+    for name, memory_format in formats.items():
+        setattr(conv, name, getattr(conv, name).contiguous(memory_format=memory_format))
+    memories = {name: fenced(in_memory(getattr(conv, name))) for name in formats}
+    if conv.bias is not None:
+        memories["bias"] = fenced(conv.bias.clone(memory_format=torch.contiguous_format))
+    before = {name: memory.bytes.clone() for name, memory in memories.items()}
+    mask = memories["mask"].address
+    kept = engine.count_kept(mask, conv.mask.numel())
+    assert kept == int(conv.mask.sum())
+    shapes = native_conv.describe(conv.x, conv.mask, conv.geometry)
+    expected = (conv.output(), *conv.gradients())
+    for which, (operands, like) in enumerate(PASSES):
+        values = expected[which].contiguous(memory_format=formats[like])
+        result = Fenced(values.numel() * conv.x.itemsize)
+        scratch = Fenced(-(-engine.masked_conv_scratch(shapes, which, kept, threads) // 64) * 64)
+        engine.masked_conv(
+            *(shapes, which, kept),
+            mask=mask,
+            result=result.address,
+            scratch=scratch.address,
+            threads=threads,
+            **{name: memories[name].address for name in operands if name in memories},
+        )
+        assert all(memory.intact() for memory in (result, scratch, *memories.values()))
+        assert_close(result.bytes.view(conv.x.dtype), in_memory(values).flatten())
+    assert all(torch.equal(memory.bytes, before[name]) for name, memory in memories.items())
+
+
 CALLS: dict[str, Callable[[Engine, int, int], None]] = {
     "nm_mask": nm_mask,
     "count_largest": count_largest,
     "mask_weight": mask_weight,
     "decay_gradient": decay_gradient,
+    "masked_conv": masked_conv,
 }
 
 
