@@ -252,6 +252,29 @@ def test_runners_of_one_conv_compute_it(make):
         torch.testing.assert_close(found.to_dense(), conv(x).relu())
 
 
+def test_weights_of_each_engine_stand_in_the_table_of_memory():
+    memory = runpy.run_path(str(INFERENCE / "memory.py"))
+    options = argparse.Namespace(
+        **{"model": "resnet18", "pixels": 32, "batch": 1, "backend": "dense"},
+        **{"peers": ["eager"], "patterns": ["1:4"]},
+    )
+    sizes = {}
+
+    def run(name, folder, _):
+        network = torch.load(memory["_file"](folder, name), weights_only=False)
+        sizes[name] = sum(tensor.nbytes for tensor in network.state_dict().values()) / 2**20
+        return (3 * 2**20, 4 * 2**20) if name == "1:4" else "it was killed"
+
+    lines = memory["table"](options, run).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert cells == [
+        ["eager", f"{sizes['eager']:.1f}", "1.000", "it was killed", ""],
+        ["1:4", f"{sizes['1:4']:.1f}", "1.000", "3.0", "4.0"],
+    ]
+    assert sizes["1:4"] == pytest.approx(44.6, abs=0.1)
+
+
+@pytest.mark.slow
 def test_memory_is_that_of_the_network(run):
     options = ["--model", "resnet18", "--pixels", "32", "--peers", "--patterns", "1:4"]
     output = run("memory.py", *options)

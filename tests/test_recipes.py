@@ -90,12 +90,13 @@ def test_resnet32_on_cifar10_by_two_processes_of_torchrun(tmp_path):
     assert not torch.equal(averaged.conv1.weight, deployed.conv1.weight)
 
 
+# One is quick; how DeiT is trained is also in test_recipes_deit.py.
 MODELS = {
     "resnet18": pytest.param("resnet18", [], {State.NM, State.SPRE}, marks=pytest.mark.slow),
     "resnet50": pytest.param("resnet50", [], {State.NM, State.SPRE}, marks=pytest.mark.slow),
     "mobilenet_v1": pytest.param("mobilenet_v1", ["--depthwise", "flat"], {State.NM, State.SPRE}),
     "mobilenet_v2": pytest.param("mobilenet_v2", [], {State.NM}, marks=pytest.mark.slow),
-    "deit_small": pytest.param("deit_small", [], {State.NM}),
+    "deit_small": pytest.param("deit_small", [], {State.NM}, marks=pytest.mark.slow),
 }
 
 
