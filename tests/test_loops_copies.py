@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from loops import (
+    FEW,
     OF_LAYERS,
     RECIPES,
     assert_agrees,
@@ -127,10 +128,9 @@ for recipe in {recipes!r}:
 @pytest.mark.parametrize(
     "recipes",
     [
-        ["sr-ste every 3", "lbc", "rigl", "steady taps"],
-        pytest.param([*RECIPES], marks=pytest.mark.slow, id="all"),
+        pytest.param(FEW, id="few"),
+        pytest.param(tuple(RECIPES), marks=pytest.mark.slow, id="all"),
     ],
-    ids=", ".join,
 )
 def test_a_whole_model_is_saved_and_goes_on_in_a_fresh_process(recipes, tmp_path):
     expected = {}
