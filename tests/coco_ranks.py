@@ -7,6 +7,7 @@ Writes the metrics to DIRECTORY/RANK.json. DIRECTORY/coco holds the data.
 
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -53,7 +54,11 @@ def measure(directory: Path, model: nn.Module | None = None) -> dict[str, float]
 def main(rank: int, directory: Path) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=2
+        "gloo",
+        timeout=timedelta(seconds=300),
+        init_method=f"file://{directory}/meeting",
+        rank=rank,
+        world_size=2,
     )
     (directory / f"{rank}.json").write_text(json.dumps(measure(directory)))
     distributed.destroy_process_group()

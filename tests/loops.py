@@ -31,6 +31,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "taps by change": {"criterion": "change", "branch": "random", "schedule": EveryK(2)},
 }
+# Kept masks, scores, weights that come back, and what a branch remembers.
+FEW = ("sr-ste every 3", "lbc", "rigl", "steady taps")
 OF_LAYERS = {name: RECIPES[name] for name in RECIPES if name not in ("gmp", "rigl", "granet")}
 SHAPE = (4, 8, 6, 6)
 

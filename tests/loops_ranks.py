@@ -34,10 +34,14 @@ SLOW = (
     "ddp, compiled",
     "ddp, sr-ste frozen at 6",
     "ddp, sr-ste ramp",
+    "ddp, granet",
+    "ddp, taps by change",
+    "ddp of a copy by pickle",
     "fsdp, sr-ste every 3, root",
     "fsdp, asp, root",
     "fsdp, lbc, root",
     "fsdp, gmp, root",
+    "fsdp, sr-ste, leaves",
 )
 SHARDED = ("sr-ste", "sr-ste every 3", "asp", "lbc")
 

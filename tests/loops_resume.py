@@ -1,6 +1,6 @@
-"""Trains every recipe in processes that are killed, each going on from the last checkpoint.
+"""Trains recipes in processes that are killed, each going on from the last checkpoint.
 
-    python loops_resume.py DIRECTORY SEED
+    python loops_resume.py DIRECTORY SEED RECIPE...
 
 Each life is a fork of this process, which itself never trains. It kills itself with SIGKILL at a
 random moment: in the middle of a step, before, while or after a checkpoint is written.
@@ -10,11 +10,12 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch._dynamo  # what a first step imports, here once for all forks
-from loops import RECIPES, prepared, sgd, train
+from loops import prepared, sgd, train
 
 STEPS = 10
 MOMENTS = 4  # of each step at which a life may end
@@ -48,11 +49,11 @@ def live(recipe: str, directory: Path, moments: int) -> None:
         moment()
 
 
-def main(directory: Path, seed: int) -> None:
+def main(directory: Path, seed: int, recipes: Sequence[str]) -> None:
     torch.set_num_threads(1)
     prepared()
     random_moments = random.Random(seed)
-    for recipe in RECIPES:
+    for recipe in recipes:
         deaths, over = 0, False
         while not over:
             moments = random_moments.randint(MOMENTS, MOMENTS * STEPS // 2)
@@ -69,4 +70,4 @@ def main(directory: Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

@@ -1,6 +1,7 @@
 """The command line: what it prints, where, and the exit codes."""
 
 import json
+import runpy
 import subprocess
 import sys
 
@@ -77,10 +78,13 @@ def test_a_process_finds_models_of_the_working_directory():
     assert [site["name"] for site in json.loads(run.stdout)["sites"]] == ["0", "3", "7"]
 
 
-def test_a_process_reports_an_error_in_one_line():
-    run = python("cost", "resnet81")
-    assert (run.returncode, run.stdout) == (2, "")
-    (line,) = run.stderr.splitlines()
+def test_a_program_reports_an_error_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["spre_fx", "cost", "resnet81"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("spre_fx", run_name="__main__")
+    printed = capsys.readouterr()
+    assert (end.value.code, printed.out) == (2, "")
+    (line,) = printed.err.splitlines()
     assert line.startswith("spre_fx: error: 'resnet81' is no torchvision model. Did you mean")
 
 

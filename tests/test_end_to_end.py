@@ -23,11 +23,12 @@ MODELS = {
 }
 
 
-HEAVY = "vgg16_bn"  # a hundred million weights in one linear layer
+# A hundred million weights in one linear layer; images of 299 pixels.
+HEAVY = ("vgg16_bn", "inception_v3")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == HEAVY)) for n in MODELS]
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in HEAVY)) for n in MODELS]
 )
 def test_prepare_train_finalize(name):
     options, size = MODELS[name]

@@ -37,6 +37,7 @@ def check_digits(printed: str, output: Path) -> None:
     assert nonzeros["deployed"] <= 16 * 9 + sparse / 8
     (difference,) = re.findall(r"prepared to deployed: (\S+)$", printed, flags=re.MULTILINE)
     assert float(difference) < 1e-4
+    assert "test accuracy (%)" in printed
     picture = output / "spatial_sparsity.png"
     assert f"picture: {picture}\n" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -117,17 +116,25 @@ def test_the_plot_is_drawn(script, tmp_path):
     assert "resnet18" in (tmp_path / "plot.svg").read_text()
 
 
-def run(rows: Path, *options: str) -> str:
-    command = [sys.executable, str(INFERENCE / "run.py"), "--rows", str(rows)]
-    command += ["--models", "resnet18", "--pixels", "32", "--batches", "4", "--threads", "1"]
-    command += ["--backend", "dense", "--seconds", "0", "--rounds", "1", *options]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+@pytest.fixture(name="run")
+def _run(monkeypatch, capsys):
+    """Runs a script as the command line does, in this process, and returns what it prints."""
+
+    def run(name: str, *options: str | Path) -> str:
+        file = str(INFERENCE / name)
+        monkeypatch.setattr(sys, "argv", [file, "--backend", "dense", *map(str, options)])
+        runpy.run_path(file, run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_end_to_end_and_resumed(tmp_path, script):
+def test_end_to_end_and_resumed(tmp_path, script, run):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"setting": {"model": "resn')  # a kill cut it short
-    assert "batch 4, 1 thread, float32: over eager: 1:4 " in run(rows, "--engines", "eager", "1:4")
+    options = ["--rows", rows, "--models", "resnet18", "--pixels", "32", "--batches", "4"]
+    options += ["--threads", "1", "--seconds", "0", "--rounds", "1", "--engines"]
+    assert "batch 4, 1 thread, float32: over eager: 1:4 " in run("run.py", *options, "eager", "1:4")
     (found,) = script["rows"].read(rows, script["key"]).values()
     assert found["setting"] == SETTING
     assert (found["fastest"], found["left_out"], found["failed"]) == ("eager", {}, {})
@@ -135,7 +142,7 @@ def test_end_to_end_and_resumed(tmp_path, script):
     assert all(len(taken) == 1 and taken[0] > 0 for taken in found["milliseconds"].values())
     assert "**" in rows.with_suffix(".md").read_text()
     before = rows.read_text()
-    assert "1 settings" in run(rows, "--engines", "1:4")
+    assert "1 settings" in run("run.py", *options, "1:4")
     assert rows.read_text() == before
 
 
@@ -245,10 +252,32 @@ def test_runners_of_one_conv_compute_it(make):
         torch.testing.assert_close(found.to_dense(), conv(x).relu())
 
 
-def test_memory_is_that_of_the_network():
-    command = [sys.executable, str(INFERENCE / "memory.py"), "--model", "resnet18", "--pixels"]
-    command += ["32", "--backend", "dense", "--peers", "--patterns", "1:4"]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def test_weights_of_each_engine_stand_in_the_table_of_memory():
+    memory = runpy.run_path(str(INFERENCE / "memory.py"))
+    options = argparse.Namespace(
+        **{"model": "resnet18", "pixels": 32, "batch": 1, "backend": "dense"},
+        **{"peers": ["eager"], "patterns": ["1:4"]},
+    )
+    sizes = {}
+
+    def run(name, folder, _):
+        network = torch.load(memory["_file"](folder, name), weights_only=False)
+        sizes[name] = sum(tensor.nbytes for tensor in network.state_dict().values()) / 2**20
+        return (3 * 2**20, 4 * 2**20) if name == "1:4" else "it was killed"
+
+    lines = memory["table"](options, run).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert cells == [
+        ["eager", f"{sizes['eager']:.1f}", "1.000", "it was killed", ""],
+        ["1:4", f"{sizes['1:4']:.1f}", "1.000", "3.0", "4.0"],
+    ]
+    assert sizes["1:4"] == pytest.approx(44.6, abs=0.1)
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_the_network(run):
+    options = ["--model", "resnet18", "--pixels", "32", "--peers", "--patterns", "1:4"]
+    output = run("memory.py", *options)
     lines = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("| ")][1:]
     found = {line[0].strip(): [float(cell) for cell in line[1:]] for line in lines}
     ((name, (weights, share, loaded, peak)),) = found.items()

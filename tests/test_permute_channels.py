@@ -156,7 +156,7 @@ def test_the_function_and_every_name_stay_and_more_is_kept(name):
     [
         ("resnet18", 64, 10),
         ("mobilenet_v2", 64, 20),
-        ("densenet121", 64, 100),
+        pytest.param("densenet121", 64, 100, marks=pytest.mark.slow),
         ("vgg16_bn", 32, 10),
         ("googlenet", 64, 40),
         pytest.param("resnext50_32x4d", 64, 500, marks=pytest.mark.slow),  # a thousand sets

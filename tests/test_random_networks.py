@@ -315,7 +315,7 @@ def runs(count: int) -> Any:
     )
 
 
-@runs(60)
+@runs(25)
 @given(plans(), OPTIONS)
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_finalized_random_networks_compute_what_was_trained(plan, options):

@@ -21,8 +21,8 @@ from spre_fx import State
 QUICK = ["--workers", "0", "--device", "cpu"]
 
 
-def run(script: str, *options: str | Path) -> None:
-    """Run an example as the command line does, in this process: imports take seconds."""
+def run(script: str | Path, *options: str | Path) -> None:
+    """Run an example, or another script, as the command line does, but in this process."""
     arguments = [str(EXAMPLES / script), *map(str, options)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", arguments)
@@ -65,7 +65,7 @@ def metrics(model: torch.nn.Module, data: Dataset) -> dict[str, float]:
 def test_resnet32_on_cifar10_by_two_processes_of_torchrun(tmp_path):
     data, output = write_cifar10(tmp_path / "data", images=5), tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    options = ["--pattern", "1:4", "--width", "4", "--batch-size", "8", "--epochs", "2"]
+    options = ["--pattern", "1:4", "--width", "4", "--batch-size", "8", "--epochs", "1"]
     script = [EXAMPLES / "cifar10.py", "--data", data, "--output", output, *options, *QUICK]
     done = subprocess.run(
         [*torchrun, "--nproc-per-node", "2", *script, "--ema", "0.5"],
@@ -75,7 +75,7 @@ def test_resnet32_on_cifar10_by_two_processes_of_torchrun(tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    deployed, results = check_output(output, epochs=2)
+    deployed, results = check_output(output, epochs=1)
     assert records(output)[0]["settings"]["world_size"] == 2
     assert done.stdout.count("Results\n=======") == 1
     assert f"top1: trained {results['trained']['top1']:.3f}, trained, deployed" in done.stdout
@@ -90,12 +90,13 @@ def test_resnet32_on_cifar10_by_two_processes_of_torchrun(tmp_path):
     assert not torch.equal(averaged.conv1.weight, deployed.conv1.weight)
 
 
+# One is quick; how DeiT is trained is also in test_recipes_deit.py.
 MODELS = {
-    "resnet18": pytest.param("resnet18", [], {State.NM, State.SPRE}),
+    "resnet18": pytest.param("resnet18", [], {State.NM, State.SPRE}, marks=pytest.mark.slow),
     "resnet50": pytest.param("resnet50", [], {State.NM, State.SPRE}, marks=pytest.mark.slow),
     "mobilenet_v1": pytest.param("mobilenet_v1", ["--depthwise", "flat"], {State.NM, State.SPRE}),
-    "mobilenet_v2": pytest.param("mobilenet_v2", [], {State.NM}),
-    "deit_small": pytest.param("deit_small", [], {State.NM}),
+    "mobilenet_v2": pytest.param("mobilenet_v2", [], {State.NM}, marks=pytest.mark.slow),
+    "deit_small": pytest.param("deit_small", [], {State.NM}, marks=pytest.mark.slow),
 }
 
 

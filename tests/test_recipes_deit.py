@@ -1,16 +1,21 @@
 """DeiT-small as it is trained: what decays, what is mixed, what an epoch sees."""
 
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from recipes_data import write_imagenet
+from test_recipes import check_output
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import spre_fx
+from recipes import options, training
 from recipes.deit import DeiT, DeiTSmall
 from recipes.errors import RecipeError
+from recipes.options import Options
 
 
 @pytest.fixture(name="recipe", scope="module")
@@ -69,6 +74,32 @@ def test_an_epoch_sees_a_third_of_the_images_three_times(recipe):
     image, label = data[0]
     assert image.shape == (3, 32, 32)
     assert label == 0
+
+
+class OneBlock(DeiTSmall):
+    """A network of the same kind that trains within a second."""
+
+    def __init__(self) -> None:
+        VisionTransformer.__init__(
+            self, img_size=32, patch_size=16, embed_dim=24, depth=1, num_heads=2, num_classes=3
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Short(DeiT):
+    def model(self) -> OneBlock:
+        return OneBlock()
+
+
+def test_it_is_trained_finalized_and_evaluated(recipe, tmp_path):
+    words = ["--data", str(recipe.root), "--output", str(tmp_path), "--device", "cpu"]
+    words += ["--workers", "0", "--epochs", "1", "--batch-size", "4", "--pattern", "2:4"]
+    short = Short(root=recipe.root, image_size=32)
+    training.run(short, Options.of(options.parser("").parse_args(words), short))
+    deployed, _ = check_output(tmp_path, epochs=1)
+    patterns = {site.name: site.pattern for site in spre_fx.sites(deployed)}
+    assert patterns["blocks.0.mlp.fc1"] == "2:4"
+    assert patterns["head"] is None
 
 
 def test_an_odd_batch_is_refused(recipe):

@@ -16,7 +16,10 @@ from recipes_data import EXAMPLES, write_cifar10
 from test_recipes import records, run
 from torch import Tensor
 
-OPTIONS = ["--pattern", "1:4", "--width", "4", "--batch-size", "8"]
+TINY = Path(__file__).parent / "tiny_recipe.py"
+RESNET32 = EXAMPLES / "cifar10.py"
+
+OPTIONS = ["--pattern", "1:4", "--batch-size", "8"]
 OPTIONS += ["--ema", "0.9", "--workers", "1", "--device", "cpu", "--resume"]
 
 
@@ -53,9 +56,10 @@ def without_times(output: Path) -> list[dict]:
 
 
 def start(command: list[str | Path]) -> subprocess.Popen[str]:
+    path = [str(EXAMPLES), *sys.path]
     return subprocess.Popen(
         [*map(str, command)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -70,26 +74,29 @@ def wait_for_change(checkpoint: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("lives", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_run_that_was_killed_ends_as_one_that_was_not(lives, tmp_path, capsys):
-    data = write_cifar10(tmp_path / "data")
-    common = ["--data", data, *OPTIONS, "--epochs", str(lives + 1)]
-    run("cifar10.py", *common, "--output", tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("script", "lives"),
+    [([TINY], 2), pytest.param([RESNET32, "--width", "4"], 4, marks=pytest.mark.slow)],
+    ids=["tiny", "resnet32"],
+)
+def test_a_run_that_was_killed_ends_as_one_that_was_not(script, lives, tmp_path, capsys):
+    data, epochs = write_cifar10(tmp_path / "data"), 8
+    command = [*script, "--data", data, *OPTIONS, "--epochs", str(epochs)]
+    run(*command, "--output", tmp_path / "whole")
 
     output = tmp_path / "killed"
     moments = random.Random(0)
     for _ in range(1, lives):
-        command = [sys.executable, EXAMPLES / "cifar10.py", *common, "--output", output]
-        with start(command) as process:
+        with start([sys.executable, *command, "--output", output]) as process:
             wait_for_change(output / "checkpoint.pt", process)
             time.sleep(moments.uniform(0, 0.1))
             os.killpg(process.pid, signal.SIGKILL)  # its workers as well
         assert process.returncode == -signal.SIGKILL
     with (output / "log.jsonl").open("a") as file:
         # As a life leaves it that dies between log and checkpoint, and while it writes.
-        file.write(json.dumps({"epoch": lives + 1, "loss": 0.0}) + '\n{"epo')
+        file.write(json.dumps({"epoch": epochs, "loss": 0.0}) + '\n{"epo')
     capsys.readouterr()
-    run("cifar10.py", *common, "--output", output)
+    run(*command, "--output", output)
     assert f"resumed {output / 'checkpoint.pt'} after epoch" in capsys.readouterr().out
     assert_same_end(output, tmp_path / "whole")
 
@@ -99,8 +106,9 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(lives, tmp_path, capsys)
 def test_two_ranks_of_which_one_was_killed(method, tmp_path):
     data = write_cifar10(tmp_path / "data")
     dense = ["--method", "dense", "--epochs", "1"]
-    run("cifar10.py", "--data", data, *OPTIONS, "--output", tmp_path / "dense", *dense)
-    common = [EXAMPLES / "cifar10.py", "--data", data, *OPTIONS, "--method", method]
+    options = ["--data", data, *OPTIONS, "--width", "4"]
+    run(RESNET32, *options, "--output", tmp_path / "dense", *dense)
+    common = [RESNET32, *options, "--method", method]
     common += ["--pretrained", tmp_path / "dense" / "checkpoint.pt", "--epochs", "3"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc-per-node", "2"]

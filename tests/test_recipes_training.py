@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cifar10 import ResNet32
 from recipes_data import write_batch, write_cifar10
 from test_recipes import records
+from tiny_recipe import Tiny
 from torch import Tensor, nn
 
 import spre_fx
@@ -20,20 +20,6 @@ from recipes.errors import RecipeError
 from recipes.options import Options
 from recipes.recipe import Batch
 from recipes.schedules import warmup_cosine, warmup_steps
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tiny(ResNet32):
-    """Two convs, of which one can be sparse, on CIFAR-10."""
-
-    warmup_epochs: int = 0
-
-    def model(self) -> nn.Module:
-        return nn.Sequential(
-            *(nn.Conv2d(3, 8, 3, stride=4, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
-            *(nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
-            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)),
-        )
 
 
 @pytest.fixture(name="data", scope="module")

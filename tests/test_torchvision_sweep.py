@@ -3,7 +3,6 @@
 import json
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,21 +21,31 @@ def _script(import_benchmarks):
     return runpy.run_path(str(SCRIPT))
 
 
-def sweep(rows: Path, *options: str) -> str:
-    command = [sys.executable, str(SCRIPT), "--rows", str(rows), *options]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+@pytest.fixture(name="sweep")
+def _sweep(monkeypatch, capsys, import_benchmarks):
+    """Runs the script as the command line does, in this process, and returns what it prints."""
+    import_benchmarks("")
+
+    def sweep(rows: Path, *options: str) -> str:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--rows", str(rows), *options])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return capsys.readouterr().out
+
+    return sweep
 
 
-def test_it_runs_what_has_no_row_and_tables_all(tmp_path, script):
+def test_it_runs_what_has_no_row_and_tables_all(tmp_path, script, sweep):
     rows = tmp_path / "rows.jsonl"
     finished = {"model": "alexnet", "family": "classification", "torch": "1", "torchvision": "2"}
     finished |= {"difference": 0.5, "dtype": "float64", "seconds": 7}
-    rows.write_text(json.dumps(finished) + '\n{"model": "squeezenet1_1", "cut')
+    quantised = script["run_one"]("quantized_mobilenet_v2")
+    text = f'{json.dumps(finished)}\n{json.dumps(quantised)}\n{{"model": "squeezenet1_1", "cut'
+    rows.write_text(text)
     models = ("--models", "alexnet", "squeezenet1_1", "quantized_mobilenet_v2")
     assert "3 models, 1 unexplained ['alexnet']" in sweep(rows, *models)
     found = script["read_rows"](rows)
     assert found["alexnet"] == finished
-    small, quantised = found["squeezenet1_1"], found["quantized_mobilenet_v2"]
+    small = found["squeezenet1_1"]
     assert small["difference"] <= 1e-10
     assert (small["layers"], small["plain"], small["spre"]) == (26, 25, 0)
     assert small["skipped"] == {"fewer input channels than M": 1}
@@ -80,7 +89,7 @@ def test_the_committed_table_has_every_model():
 
 
 @pytest.mark.slow
-def test_no_row_is_unexplained(tmp_path, script):
+def test_no_row_is_unexplained(tmp_path, script, sweep):
     rows = tmp_path / "rows.jsonl"
     sweep(rows)
     found = script["read_rows"](rows)

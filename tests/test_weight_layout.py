@@ -40,10 +40,11 @@ def layout_of(packed: Tensor, weight: Tensor, groups: int = 1) -> tuple[int, int
 def entries(packed: Tensor) -> dict[tuple[int, ...], list[tuple[int, int]]]:
     """(group, output, channel group, tap): its (channel, value bits), read as engine.h says."""
     pairs = packed.shape[7] // 16
-    slots = packed.flatten(4, 5)
+    slots = packed.flatten(4, 5).movedim(5, -1)
+    where = (slots[..., 0] != 0).nonzero()
     found: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for group, block, cut, tap, slot, _, lane in (slots.narrow(5, 0, 1) != 0).nonzero().tolist():
-        value, channel = slots[group, block, cut, tap, slot, :, lane].tolist()
+    for place, (value, channel) in zip(where.tolist(), slots[tuple(where.T)].tolist(), strict=True):
+        group, block, cut, tap, _, lane = place
         key = (group, block * 16 + lane // pairs, cut, tap)
         found.setdefault(key, []).append((channel, value))
     return found
@@ -93,12 +94,11 @@ def test_the_layout_is_that_of_engine_h(sizes, groups, density, dtype, seed):
     assert halves == 1 or halves_are_apart(packed)
     bits = weight.view(packed.dtype).flatten(2)
     by_hand: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for output, tap in torch.cartesian_prod(torch.arange(outputs * groups), torch.arange(taps)):
-        for channel in bits[output, :, tap].nonzero().flatten().tolist():
-            group, inside = divmod(int(output), outputs)
-            key = (group, inside, channel // size, int(tap))
-            value = int(bits[output, channel, tap])
-            by_hand.setdefault(key, []).append((channel % size, value))
+    values = bits.tolist()
+    for output, channel, tap in bits.nonzero().tolist():
+        group, inside = divmod(output, outputs)
+        key = (group, inside, channel // size, tap)
+        by_hand.setdefault(key, []).append((channel % size, values[output][channel][tap]))
     assert entries(packed) == by_hand
     assert slots == max(1, *(ceil(len(entry) * 16 / lanes) for entry in by_hand.values()), 0)
 
