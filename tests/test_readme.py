@@ -141,6 +141,25 @@ def test_the_table_of_speeds_is_of_the_rows_that_were_measured():
         assert shown == [f"{ratios[pattern]:.2f}x" for pattern in header[2:]]
 
 
+def test_the_table_of_training_steps_is_of_the_rows_that_were_measured():
+    lines = (ROOT / "benchmarks" / "training.jsonl").read_text().splitlines()
+    measured = {}
+    for row in map(json.loads, lines):
+        setting, times = row["setting"], row["milliseconds"]
+        measured[setting["model"], setting["mode"], setting["threads"], setting["pattern"]] = {
+            name: statistics.median(a / b for a, b in zip(ours, times["dense"], strict=True))
+            for name, ours in times.items()
+        }
+    (table,) = re.findall(r"^<!-- table: training -->\n((?:\|.*\n)+)", README, re.M)
+    header, _, *rows = map(cells, table.splitlines())
+    assert len(rows) >= 4
+    for key, *shown in rows:
+        network, mode, pattern = key.split(", ")
+        ratios = measured[network.lower().replace("-", ""), mode, 1, pattern]
+        named = zip((name.split(",")[0] for name in header[1:]), shown, strict=True)
+        assert all(ratio in (f"{ratios.get(name, 0):.2f}x", "-") for name, ratio in named), key
+
+
 def cells(line: str) -> list[str]:
     """Those of a row of a Markdown table."""
     return [cell.strip() for cell in line.split("|")[1:-1]]
