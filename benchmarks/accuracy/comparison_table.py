@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from statistics import median
 
 from results import Comparison, Results, Setting
 from seed_statistics import Estimate, PairedDifference
@@ -54,7 +55,7 @@ def _cells(
         "accuracy, %": _accuracy(results.accuracy(setting, arm)),
         "seeds": str(len(runs)),
         "epochs": _range(run.epochs for run in runs),
-        "seconds a run": f"{sum(run.seconds for run in runs) / len(runs):.1f}",
+        "seconds a run": f"{median(run.seconds for run in runs):.1f}",
         "baseline": comparison.baseline or NOTHING,
         "difference": _difference(difference),
         **_tested(difference.estimate, corrected_p),

@@ -49,7 +49,8 @@ pixels, with a dense stem and classifier; {RECIPE.epochs} epochs of SGD with mom
 learning rate {RECIPE.learning_rate} after a warm-up epoch and with a cosine to 0, weight decay
 {RECIPE.weight_decay}, SR-STE's decay 2e-4. ASP starts from the dense network of its seed, whose
 training its seconds leave out. What is judged is what `finalize` returns. "Same time" are controls:
-the plain method, trained for as long as SpRe takes."""
+the plain method, trained for as long as SpRe takes by step_times.json, where all arms took turns;
+the median seconds here are of runs that shared a machine."""
 DRAWN = [PLAIN["SR-STE"], *BRANCHED["SR-STE"], CONTROLS["SR-STE"]]
 
 
