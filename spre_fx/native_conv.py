@@ -32,7 +32,8 @@ def takes(x: Tensor, weight: Tensor, mask: Tensor) -> bool:
     if x.dim() != 4 or not x.numel() or not x.is_cpu or torch.is_autocast_enabled("cpu"):
         return False
     same = x.dtype == weight.dtype and x.dtype in _DTYPES and mask.dtype == torch.bool
-    small = weight.numel() < _LARGEST and x[0].numel() * _MOST_TOGETHER < _LARGEST
+    read = max(x.shape[1], len(weight)) * x[0, 0].numel()  # of an image, or of its output
+    small = weight.numel() < _LARGEST and read * _MOST_TOGETHER < _LARGEST
     return same and small and _together(x.itemsize) > 0
 
 

@@ -85,7 +85,7 @@ class MaskedConvRun {
       if (pass_ == kWeightGradient)
         products(x, y_gradient, entries, kept, worker);
       else
-        sums(backward_ ? y_gradient : x, entries, bias, result, worker);
+        sums(backward_ ? y_gradient : x, entries, backward_ ? nullptr : bias, result, worker);
     });
     if (pass_ != kWeightGradient) return;
     std::memset(result, 0, conv_.filters * filter_size() * sizeof(Number));
@@ -168,6 +168,7 @@ class MaskedConvRun {
   template <class Then>
   void for_each_group(int64_t rows, const Worker& worker, Then then) const {
     const int64_t first = worker.first(groups_ * rows), last = worker.last(groups_ * rows);
+    if (first == last) return;
     for (int64_t group = first / rows; group * rows < last; ++group)
       then(group, std::max(first - group * rows, int64_t{0}), std::min(last - group * rows, rows));
   }
