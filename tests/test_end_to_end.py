@@ -24,7 +24,7 @@ MODELS = {
 
 
 # A hundred million weights in one linear layer; images of 299 pixels.
-HEAVY = ("vgg16_bn", "inception_v3")
+HEAVY = ("resnet50", "vgg16_bn", "inception_v3", "densenet121")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Masks by the engine are those by torch, bit for bit, and None where it has no kernel."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ pytestmark = pytest.mark.skipif(engine.load() is None, reason="needs the engine"
 
 ALL_KINDS = (*KINDS, "special")
 LARGE = [(64, 64, 3, 3), (40, 70, 3, 3), (128, 520), (96, 1, 3, 3), (16, 48, 7, 7)]
+PATTERNS = ("1:2", "2:4", "1:4", "1:8", "4:8", "1:16", "8:16", "11:64")
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +49,16 @@ def test_masks_of_small_weights(drawn: tuple[Tensor, Pattern], threads: int) -> 
     assert_same_masks(*drawn)
 
 
-@pytest.mark.parametrize("pattern", ["1:2", "2:4", "1:4", "1:8", "4:8", "1:16", "8:16", "11:64"])
-@pytest.mark.parametrize("shape", LARGE, ids=str)
+def usual() -> list[Any]:
+    """Every size with every pattern; quick are two of each size, one at least of each pattern."""
+    return [
+        pytest.param(shape, pattern, marks=[pytest.mark.slow] * ((row + column) % 4 > 0))
+        for row, shape in enumerate(LARGE)
+        for column, pattern in enumerate(PATTERNS)
+    ]
+
+
+@pytest.mark.parametrize(("shape", "pattern"), usual(), ids=str)
 def test_masks_of_weights_of_usual_size(shape: tuple[int, ...], pattern: str) -> None:
     for seed, kind in enumerate(ALL_KINDS):
         torch.set_num_threads(1 + seed % 2)

@@ -272,6 +272,7 @@ def run(script, monkeypatch, rows: Path, *options: str) -> None:
     script["main"]()
 
 
+@pytest.mark.slow
 def test_end_to_end_and_resumed(script, monkeypatch, tmp_path, capfd):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"setting": {"model": "resn')  # a kill cut it short
