@@ -211,8 +211,7 @@ def _(_gradient: Tensor, x: Tensor, weight: Tensor, *others: Any) -> tuple[Tenso
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    x, weight, mask, bias, *ctx.others = inputs
-    ctx.with_bias = bias is not None
+    x, weight, mask, _, *ctx.others = inputs
     ctx.save_for_backward(x, weight, mask)
 
 

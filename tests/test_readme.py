@@ -156,8 +156,8 @@ def test_the_table_of_training_steps_is_of_the_rows_that_were_measured():
     for key, *shown in rows:
         network, mode, pattern = key.split(", ")
         ratios = measured[network.lower().replace("-", ""), mode, 1, pattern]
-        named = zip((name.split(",")[0] for name in header[1:]), shown, strict=True)
-        assert all(ratio in (f"{ratios.get(name, 0):.2f}x", "-") for name, ratio in named), key
+        names = [name.split(",")[0] for name in header[1:]]
+        assert shown == [f"{ratios[name]:.2f}x" if name in ratios else "-" for name in names], key
 
 
 def cells(line: str) -> list[str]:
