@@ -12,7 +12,9 @@ from hypothesis import settings
 
 os.environ["SPRE_FX_CACHE"] = "off"  # what tests measure is nobody's business
 
-torch.set_num_threads(1)  # small tensors gain nothing from more, and cores may be busy
+# Small tensors gain nothing from more threads, and cores are busy with other tests.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 if importlib.util.find_spec("spre_fx.passes") is None:
     raise pytest.UsageError(

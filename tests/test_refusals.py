@@ -123,7 +123,11 @@ REFUSALS: list[tuple[Callable[[], object], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("refused", "kind", "words"), REFUSALS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("refused", "kind", "words"),
+    REFUSALS,
+    ids=lambda value: value[:60] if isinstance(value, str) else "",
+)
 def test_the_words(refused: Callable[[], object], kind: type[Exception], words: str) -> None:
     with pytest.raises(kind) as error:
         refused()
