@@ -150,5 +150,5 @@ def _wire(conv: Node, spre: SpReBranch, branch: SpRe) -> None:
     spre_mask = mask
     if taps is not None:
         with graph.inserting_after(taps):
-            spre_mask = node(torch.mul, (mask, taps), "spre_mask")
+            spre_mask = node(masks.spre_mask, (mask, taps), "spre_mask")
     spre.conv.args = (input_of(spre.conv), spre_mask)

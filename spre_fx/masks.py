@@ -10,6 +10,7 @@ Nothing here is recorded by autograd. On CUDA none of the masks waits for the de
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from spre_fx import mask_ops
 from spre_fx.errors import PatternError
@@ -91,9 +92,14 @@ def spre_mask(nm: Tensor, live: Tensor) -> Tensor:
         live: Live taps, `kernel`.
 
     Returns:
-        Mask of the shape of `nm`.
+        Mask of the shape and memory format of `nm`.
     """
-    return nm * live
+    if has_torch_function((nm, live)):  # torch.fx traces it as one node
+        mask: Tensor = handle_torch_function(spre_mask, (nm, live), nm, live)
+        return mask
+    # Live taps in the shape of a filter: the product then runs along whole filters, not along one
+    # kernel after the other, which takes 15 times as long.
+    return nm * torch.empty_like(nm[:1], dtype=live.dtype).copy_(live)
 
 
 def spatial_sparsity(mask: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def test_ops_before_and_after_with_a_branch() -> None:
         ("getitem", "conv_y"),
         ("getitem", "conv_nm_mask"),
         ("getitem", "conv_live_taps"),
-        ("mul", "conv_spre_mask"),
+        ("spre_mask", "conv_spre_mask"),
         ("BatchNorm2d", "bn"),
         ("SpReConv2d", "conv_spre"),
         ("BatchNorm2d", "bn_spre"),
@@ -84,7 +84,7 @@ def test_ops_before_and_after_with_a_branch() -> None:
     assert inputs(node_of(gm, "bn")) == ["conv_y"]
     assert inputs(node_of(gm, "conv_spre")) == ["input_1", "conv_spre_mask"]
     assert node_of(gm, "conv_y").target is operator.getitem
-    assert node_of(gm, "conv_spre_mask").target is torch.mul
+    assert node_of(gm, "conv_spre_mask").target is masks.spre_mask
 
 
 def test_ops_before_and_after_without_a_branch() -> None:
