@@ -70,6 +70,20 @@ def test_masks_of_weights_of_usual_size(shape: tuple[int, ...], pattern: str) ->
             assert_same_masks(last, Pattern.parse(pattern))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_counting_where_a_sample_of_the_weights_misleads(dtype: torch.dtype, threads: int) -> None:
+    torch.set_num_threads(threads)
+    weight = draw_weight((128, 260, 3, 3), dtype, ALL_KINDS[0], 0)
+    line = 64 // weight.itemsize
+    period = weight.numel() // line // 2048 | 1  # of the lines that are sampled
+    whole = weight.numel() // (period * line) * period * line
+    sampled = weight.view(-1)[:whole].unflatten(0, (-1, period, line))
+    for scale in (1000, 0.001):
+        sampled[:, 0] *= scale
+        assert_same_masks(weight, Pattern(1, 4))
+
+
 def test_masked_weights_and_gradients() -> None:
     for seed, kind in enumerate(ALL_KINDS):
         torch.set_num_threads(1 + seed % 2)

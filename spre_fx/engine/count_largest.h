@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "magnitude.h"
 #include "team.h"
@@ -10,9 +12,10 @@
 
 namespace spre {
 
-// A histogram of the highest bits tells in which bin the smallest magnitude lies that is kept. Then
-// what lies above it is counted, and what lies in it, a few numbers of a hundred, copied; among
-// those the next bits decide, and in the end the order.
+// A sample tells between which bounds the smallest magnitude that is kept must lie. What is above
+// them is counted, and what lies within, a few numbers of a hundred, copied; among those digit
+// after digit decides, and in the end the order. Where the sample misled, all numbers are taken as
+// one.
 template <class Bits>
 class CountLargest {
  public:
@@ -25,26 +28,17 @@ class CountLargest {
   }
 
   static int64_t scratch_bytes(const Weight& w, int64_t threads) {
-    const int64_t most_candidates = w.filters * w.channels * w.taps;
-    return threads * sizeof(Part) + sums_bytes(w, threads) + most_candidates * sizeof(Candidate);
+    return threads * sizeof(Part) + sums_bytes(w, threads) + count(w) * sizeof(Candidate);
   }
 
-  // One thread's share: what is certain after the first digit is counted, the rest copied.
+  // One thread's share: what is certainly kept is counted, what may be is copied.
   void run(const Worker& worker, Barrier& barrier) {
-    Part& own = parts_[worker.thread];
-    const int64_t first = worker.first(w_.filters) * w_.channels * w_.taps;
-    const int64_t last = worker.last(w_.filters) * w_.channels * w_.taps;
-    fill_bins(first, last, own.bins);
-    barrier.wait(worker.threads);
-    own.cut = top_cut();
-    own.candidates = own.end = candidates_ + first;
-    int32_t* sums = sums_ + worker.thread * row();
-    const int64_t size = w_.channels_last ? w_.channels : row();
-    for (int64_t from = first; from < last; from += size) {
-      const int64_t to = std::min(last, from + size);
-      count_above(from, to, own.cut.bin, sums);
-      own.end = collect(from, to, own.cut.bin, own.end);
-    }
+    const int64_t filter = w_.channels * w_.taps;
+    const int64_t first = worker.first(w_.filters) * filter;
+    const int64_t last = worker.last(w_.filters) * filter;
+    const int64_t lines = count(w_) / kLine;
+    if (!split(first, last, lines / kSampledLines | 1, worker, barrier))
+      split(first, last, 1, worker, barrier);
   }
 
   // After all shares, on one thread.
@@ -54,8 +48,8 @@ class CountLargest {
     Candidate* end = candidates_;
     for (int64_t i = 0; i < threads_; ++i)
       end = std::copy(parts_[i].candidates, parts_[i].end, end);
-    Cut cut = parts_[0].cut;
-    for (int shift = kShift; shift > 0; shift = std::max(0, shift - kDigit))
+    Cut cut = {0, kept_ - sum_of([](const Part& part) { return part.above; })};
+    for (int shift = width(parts_[0].bounds); shift > 0; shift = std::max(0, shift - kDigit))
       end = next_digit(end, shift, cut, per_tap);
     if (end - candidates_ > cut.kept)
       std::nth_element(candidates_, candidates_ + cut.kept, end,
@@ -64,25 +58,39 @@ class CountLargest {
   }
 
  private:
-  static constexpr int kDigit = 12, kBins = 1 << kDigit;
-  static constexpr int kShift = 8 * sizeof(Bits) - 1 - kDigit;  // of the first digit
-  static constexpr int kCopies = 4;  // of a histogram: adding to a place waits for the last time
+  static constexpr int kTopBits = 14, kBins = 1 << kTopBits;
+  static constexpr int kShift = 8 * sizeof(Bits) - 1 - kTopBits;  // to the bin of a magnitude
+  static constexpr int kDigit = 12;                               // bits, of candidates
+  static constexpr int64_t kLine = kCacheLine / sizeof(Bits), kSampledLines = 2048;
 
   struct Candidate {
-    Bits magnitude;
-    int32_t index;  // in memory
+    Bits magnitude;  // above the lower bound
+    int32_t index;   // in memory
   };
 
-  // The bin of the smallest magnitude that is kept, and how many of those in it are.
+  // The first and the last bin of those that may hold the smallest magnitude that is kept.
+  struct Bounds {
+    int64_t low, high;
+
+    Bits lowest() const { return static_cast<Bits>(low << kShift); }
+    Bits highest() const {
+      return static_cast<Bits>(high << kShift | ((int64_t{1} << kShift) - 1));
+    }
+  };
+
+  // The digit of the smallest magnitude that is kept, and how many of those that have it are.
   struct Cut {
-    int64_t bin, kept;
+    int64_t digit, kept;
   };
 
   struct alignas(kCacheLine) Part {
-    uint32_t bins[kCopies][kBins];
-    Cut cut;
+    uint32_t bins[kBins];
+    Bounds bounds;
     Candidate *candidates, *end;
+    int64_t above;
   };
+
+  static int64_t count(const Weight& w) { return w.filters * w.channels * w.taps; }
 
   // The length of a row of sums: whole kernels, and enough of them for long loops.
   static int64_t row(const Weight& w) {
@@ -104,33 +112,68 @@ class CountLargest {
     return (filter * w_.channels + channel) * w_.taps + tap(c);
   }
 
-  void fill_bins(int64_t first, int64_t last, uint32_t (*bins)[kBins]) const {
-    const Bits *from = numbers() + first, *const end = numbers() + last;
-    for (; end - from >= kCopies; from += kCopies)
-      UNROLLED_FOR (int i = 0; i < kCopies; ++i) ++bins[i][magnitude(from[i]) >> kShift];
-    for (; from < end; ++from) ++bins[0][magnitude(*from) >> kShift];
+  // Whether the smallest magnitude that is kept lies within the bounds that one cache line of every
+  // `stride` suggests; with all of them it does.
+  bool split(int64_t first, int64_t last, int64_t stride, const Worker& worker, Barrier& barrier) {
+    Part& own = parts_[worker.thread];
+    std::fill(own.bins, own.bins + kBins, 0);
+    for (int64_t line = first; line < last; line += stride * kLine)
+      for (int64_t i = line; i < std::min(line + kLine, last); ++i)
+        ++own.bins[magnitude(numbers()[i]) >> kShift];
+    barrier.wait(worker.threads);
+    own.bounds = bounds(stride);
+    own.candidates = own.end = candidates_ + first;
+    int32_t* sums = sums_ + worker.thread * row();
+    std::fill(sums, sums + row(), 0);
+    const int64_t size = w_.channels_last ? w_.channels : row();
+    for (int64_t from = first; from < last; from += size) {
+      const int64_t to = std::min(last, from + size);
+      count_above(from, to, own.bounds.highest(), sums);
+      own.end = collect(from, to, own.bounds, own.end);
+    }
+    own.above = std::accumulate(sums, sums + row(), int64_t{0});
+    barrier.wait(worker.threads);
+    const int64_t above = sum_of([](const Part& part) { return part.above; });
+    const int64_t within = sum_of([](const Part& part) { return part.end - part.candidates; });
+    return above <= kept_ && kept_ <= above + within;
   }
 
-  Cut top_cut() const {
+  template <class Number>
+  int64_t sum_of(Number number) const {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < threads_; ++i) sum += number(parts_[i]);
+    return sum;
+  }
+
+  // What a sample says of the number of those that are kept is some standard deviations off, of
+  // which half the root of its size is the largest there is.
+  Bounds bounds(int64_t stride) const {
     const auto size_of = [&](int64_t bin) {
-      int64_t size = 0;
-      for (int64_t i = 0; i < threads_; ++i)
-        for (const auto& bins : parts_[i].bins) size += bins[bin];
-      return size;
+      return sum_of([&](const Part& part) { return part.bins[bin]; });
     };
-    return cut_at(kBins - 1, kept_, size_of);
+    int64_t sample = count(w_), margin = 0;
+    if (stride > 1) {
+      sample = 0;
+      for (int64_t bin = 0; bin < kBins; ++bin) sample += size_of(bin);
+      margin = static_cast<int64_t>(2 * std::sqrt(sample));
+    }
+    const auto kept = static_cast<int64_t>(static_cast<double>(kept_) / count(w_) * sample);
+    int64_t high = kBins - 1, above = size_of(high);
+    while (high > 0 && above < (stride == 1 ? kept_ : kept - margin)) above += size_of(--high);
+    int64_t low = high;
+    while (low > 0 && above < (stride == 1 ? kept_ : kept + margin)) above += size_of(--low);
+    return {low, high};
   }
 
-  template <class SizeOf>
-  static Cut cut_at(int64_t bin, int64_t kept, SizeOf size_of) {
-    int64_t size = size_of(bin);
-    for (; size < kept; size = size_of(--bin)) kept -= size;
-    return {bin, kept};
+  // How many bits a candidate has.
+  static int width(Bounds bounds) {
+    int bits = kShift;
+    while (int64_t{1} << (bits - kShift) < bounds.high - bounds.low + 1) ++bits;
+    return bits;
   }
 
-  void count_above(int64_t first, int64_t last, int64_t bin, int32_t* __restrict sums) const {
+  void count_above(int64_t first, int64_t last, Bits most, int32_t* __restrict sums) const {
     const Bits* __restrict from = numbers() + first;
-    const Bits most = static_cast<Bits>(bin << kShift | ((int64_t{1} << kShift) - 1));
     if (w_.channels_last) {
       int32_t sum = 0;
       for (int64_t i = 0; i < last - first; ++i) sum += magnitude(from[i]) > most ? 1 : 0;
@@ -140,28 +183,40 @@ class CountLargest {
     }
   }
 
-  // Copies what lies in the bin. In most runs of eight numbers there is nothing.
-  Candidate* collect(int64_t first, int64_t last, int64_t bin, Candidate* to) const {
-    constexpr int64_t kBlock = 64, kRun = 8;
+  // Copies what lies within the bounds: a few numbers of each block, or none.
+  Candidate* collect(int64_t first, int64_t last, Bounds bounds, Candidate* to) const {
+    constexpr int64_t kBlock = 64;
     const Bits* __restrict numbers = this->numbers();
-    const auto append = [&](int64_t i) {
-      *to = {magnitude(numbers[i]), static_cast<int32_t>(i)};
-      to += magnitude(numbers[i]) >> kShift == bin;
+    const Bits lowest = bounds.lowest(), highest = bounds.highest();
+    const auto is_within = [&](int64_t i) {
+      const Bits m = magnitude(numbers[i]);
+      return static_cast<uint8_t>((m >= lowest ? 1 : 0) & (m <= highest ? 1 : 0));
     };
-    for (; last - first >= kBlock; first += kBlock) {
-      uint8_t inside[kBlock];
-      for (int64_t i = 0; i < kBlock; ++i)
-        inside[i] = magnitude(numbers[first + i]) >> kShift == static_cast<Bits>(bin) ? 1 : 0;
-      for (int64_t run = 0; run < kBlock; run += kRun) {
-        uint64_t any;
-        static_assert(sizeof(any) == kRun);
-        std::memcpy(&any, inside + run, kRun);
-        if (any == 0) continue;
-        for (int64_t i = run; i < run + kRun; ++i) append(first + i);
+    for (; first < last; first += kBlock) {
+      uint8_t within[kBlock] = {};
+      if (last - first >= kBlock) {  // the compiler makes most of a size it knows
+        for (int64_t i = 0; i < kBlock; ++i) within[i] = is_within(first + i);
+      } else {
+        for (int64_t i = 0; i < last - first; ++i) within[i] = is_within(first + i);
+      }
+      for (uint64_t left = bits_of(within); left != 0; left &= left - 1) {
+        const int64_t i = first + __builtin_ctzll(left);
+        *to++ = {static_cast<Bits>(magnitude(numbers[i]) - lowest), static_cast<int32_t>(i)};
       }
     }
-    for (; first < last; ++first) append(first);
     return to;
+  }
+
+  // Bit i is byte i of 64, each 0 or 1. The product moves the eight bytes of a number into its
+  // highest byte.
+  static uint64_t bits_of(const uint8_t (&bytes)[64]) {
+    uint64_t bits = 0;
+    for (int i = 0; i < 8; ++i) {
+      uint64_t eight = 0;
+      for (int j = 0; j < 8; ++j) eight |= static_cast<uint64_t>(bytes[8 * i + j]) << (8 * j);
+      bits |= (eight * 0x0102040810204080u >> 56) << (8 * i);
+    }
+    return bits;
   }
 
   // Counts the candidates that the digit below `shift` puts above the cut, and keeps those in it.
@@ -169,13 +224,13 @@ class CountLargest {
     const int next = std::max(0, shift - kDigit);
     const int64_t most = (int64_t{1} << (shift - next)) - 1;
     const auto digit = [&](Candidate c) { return c.magnitude >> next & most; };
-    uint32_t bins[kBins] = {};
-    for (const Candidate* c = candidates_; c < end; ++c) ++bins[digit(*c)];
-    cut = cut_at(most, cut.kept, [&](int64_t bin) { return bins[bin]; });
+    uint32_t sizes[1 << kDigit] = {};
+    for (const Candidate* c = candidates_; c < end; ++c) ++sizes[digit(*c)];
+    for (cut.digit = most; sizes[cut.digit] < cut.kept; --cut.digit) cut.kept -= sizes[cut.digit];
     Candidate* to = candidates_;
     for (const Candidate* c = candidates_; c < end; ++c) {
-      if (digit(*c) > cut.bin) ++per_tap[tap(*c)];
-      if (digit(*c) == cut.bin) *to++ = *c;
+      if (digit(*c) > cut.digit) ++per_tap[tap(*c)];
+      if (digit(*c) == cut.digit) *to++ = *c;
     }
     return to;
   }
