@@ -34,7 +34,7 @@ class ComputeSparsely(Pass):
                 skipped[name] = reason
                 continue
             assert isinstance(module, NMConv2d)
-            density = module.pattern.n / module.pattern.m
+            density = module.pattern.density
             geometry = _geometry(module)
             module.sparse = SparseCompute(geometry, density, module.method.kept_gradient)
             spre = _spre_conv(view, candidate)

@@ -79,12 +79,12 @@ def training_pipeline(
 ) -> Pipeline:
     """Dense graph -> training graph."""
     modularise = ModulariseCalls()
+    last = (ComputeSparsely(),) if sparse else ()
     if isinstance(method, UnstructuredMethod):
-        return Pipeline((modularise, WireUnstructured(policy, method, schedule)))
+        return Pipeline((modularise, WireUnstructured(policy, method, schedule), *last))
     search = method.permutation
     permute = () if search is None else (PermuteChannels(policy, search),)
     first: tuple[Pass, ...] = (modularise, *permute)
-    last = (ComputeSparsely(),) if sparse else ()
     if branch is None:
         return Pipeline((*first, WireMasks(policy, method, schedule, clock=clock), *last))
     duplicate = DuplicateBranches(policy, gamma)

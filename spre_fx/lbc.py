@@ -28,7 +28,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ class LBC(MaskMethod):
     """
 
     most: int = 1000
+    kept_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.most < 2:
@@ -131,6 +132,7 @@ class CombinationMask(nn.Module):
         last = self.channels - (groups - 1) * pattern.m
         wasteful = self.members[:, :last].sum(1) < min(pattern.n, last)
         self.removed[:, -1] = wasteful
+        self._held: _Held | None = None
 
     def forward(self, weight: Tensor, left: Tensor | None) -> Tensor:  # noqa: ARG002
         """B in the dtype of the scores.
@@ -144,8 +146,27 @@ class CombinationMask(nn.Module):
         if may_be_true(left >= 0):
             removed = self._inverse_ranking() >= self._card(left)
             self.removed.logical_or_(removed & (left >= 0))
-        mask: Tensor = _Held.apply(self.scores, self.members, self.removed.clone())
-        return self._to_weight(mask)
+        held = self._remaining()
+        mask: Tensor = _StraightThrough.apply(
+            self.scores, held.mask, held.removed, self.members, self.pattern
+        )
+        return mask
+
+    def _remaining(self) -> _Held:
+        """What the remaining combinations hold, which is the same until more are removed."""
+        if torch.compiler.is_compiling() or self.removed.is_inference():
+            return self._hold(version=-1)
+        held, version = self._held, self.removed._version
+        if held is None or held.of is not self.removed or held.version != version:
+            held = self._held = self._hold(version)
+        return held
+
+    def _hold(self, version: int) -> _Held:
+        members = (~self.removed).to(self.members.dtype) @ self.members > 0
+        return _Held(self.removed, version, self.removed.clone(), self._to_weight(members))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_held": None}
 
     def _card(self, left: Tensor) -> Tensor:
         """Combinations left in each group at this share of them."""
@@ -167,16 +188,47 @@ class CombinationMask(nn.Module):
         return weight.clone()  # FSDP warns of modules that return views
 
 
-class _Held(torch.autograd.Function):
-    """Which members the remaining combinations hold; the gradient goes straight to the scores."""
+class _Held(NamedTuple):
+    """Which members the remaining combinations hold.
+
+    Attributes:
+        of: The buffer of removed combinations that this was made of.
+        version: That of the buffer's content then, by autograd's count.
+        removed: Its content then.
+        mask: B, bool, of the shape of the weight.
+    """
+
+    of: Tensor
+    version: int
+    removed: Tensor
+    mask: Tensor
+
+
+class _StraightThrough(torch.autograd.Function):
+    """B as numbers; its gradient goes straight to the scores of the remaining combinations."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, members: Tensor, removed: Tensor) -> Tensor:
-        ctx.save_for_backward(members, removed)
-        return ((~removed).to(scores.dtype) @ members > 0).to(scores.dtype)
+    def forward(  # noqa: PLR0917
+        ctx: Any, scores: Tensor, mask: Tensor, removed: Tensor, members: Tensor, pattern: Pattern
+    ) -> Tensor:
+        ctx.save_for_backward(removed, members)
+        ctx.pattern = pattern
+        return mask.to(scores.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        members, removed = ctx.saved_tensors
-        (gradient,) = gradients
-        return (gradient @ members.T).masked_fill(removed, 0.0), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        removed, members = ctx.saved_tensors
+        groups = _to_groups(gradients[0], ctx.pattern)
+        if ctx.pattern.n > 1:  # otherwise each combination is the member of its number
+            groups = groups @ members.T
+        return groups.masked_fill(removed, 0.0), None, None, None, None
+
+
+def _to_groups(weight: Tensor, pattern: Pattern) -> Tensor:
+    """`(C_out, C_in/groups, *kernel)` -> `(C_out, groups, *kernel, M)`, padded with zeros."""
+    rows = masks.group_rows(weight, pattern)
+    padding = -rows.shape[1] % pattern.m
+    if padding:
+        rows = torch.cat([rows, rows.new_zeros(len(rows), padding, *rows.shape[2:])], 1)
+    groups: Tensor = rows.unflatten(1, (-1, pattern.m))
+    return groups.movedim(2, -1)

@@ -31,7 +31,9 @@ class Pass(IntFlag):
 
 @dataclass(frozen=True)
 class _Cost:
-    """What a pass of the engine's kernels takes, in products of torch's dense pass.
+    """What a pass of the engine's kernels takes, in tenths of a product of torch's dense pass.
+
+    Whole numbers, which compilers can count with where sizes are symbols.
 
     Attributes:
         product: Of a product with a weight that the mask keeps.
@@ -40,18 +42,16 @@ class _Cost:
         call: Of a call.
     """
 
-    product: float
-    number: float
-    weight: float = 40.0
-    call: float = 5e5
+    product: int
+    number: int
+    weight: int = 400
+    call: int = 5_000_000
 
 
-# Fitted to the layers of ResNet-18 and ResNet-50 at 2:4, 1:4 and 1:16, on a CPU with AVX2.
-_COSTS = {
-    Pass.FORWARD: _Cost(1.4, 6.0),
-    Pass.INPUT_GRADIENT: _Cost(1.4, 5.0),
-    Pass.WEIGHT_GRADIENT: _Cost(1.6, 10.0),
-}
+# In the order of `Pass`. Fitted to the layers of ResNet-18 and ResNet-50 at 2:4, 1:4 and 1:16, on a
+# CPU with AVX2.
+_COSTS = (_Cost(14, 60), _Cost(14, 50), _Cost(16, 100))
+_NEVER = -1
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class SparseCompute:
 
     Attributes:
         geometry: Stride, padding, dilation and groups of the layer.
-        density: The share of the weights that a mask keeps.
+        density: The share of the weights that its masks keep, if not at all times.
         kept_gradient: Whether removed weights are given no gradient.
     """
 
@@ -68,32 +68,39 @@ class SparseCompute:
     density: float
     kept_gradient: bool
 
-    def passes(self, x: Tensor, weight: Tensor, mask: Tensor) -> Pass:
-        """Which passes are expected to be faster than dense ones.
+    def most_kept(self, x: Tensor, weight: Tensor) -> list[int] | None:
+        """Up to how many weights a mask may keep for a pass to be faster than the dense one.
 
         It depends on shapes alone, so that a training that is resumed computes what it did.
 
         Args:
             x: `(batch, C_in, H, W)`.
             weight: B * W, `(C_out, C_in/groups, kH, kW)`.
-            mask: B, of the same shape.
+
+        Returns:
+            A number for each `Pass`, negative for one that is always dense; None where that holds
+            of all of them with masks of this density.
         """
-        if not native_conv.takes(x, weight, mask):
-            return Pass(0)
-        out = native_conv.output_shape(x, weight, self.geometry)
-        if x.shape[1] != weight.shape[1] * self.geometry.groups or min(out) <= 0:
-            return Pass(0)  # which torch refuses, in its own words
-        products = prod(out) * weight[0].numel()
-        if not products:
-            return Pass(0)
-        numbers, fill = x.numel() + prod(out), native_conv.fill(x)
-        found = Pass(0)
-        for each, cost in _COSTS.items():
+        if not native_conv.takes(x, weight):
+            return None
+        _, filters, *size = native_conv.output_shape(x, weight, self.geometry)
+        if x.shape[1] != weight.shape[1] * self.geometry.groups or min(size) <= 0:
+            return None  # which torch refuses, in its own words
+        if not weight.numel():
+            return None
+        images, together = len(x), native_conv.images_together(x.itemsize)
+        taken = -(-images // together) * together  # the last of them empty
+        pixels, numbers = prod(size), x[0].numel() + filters * prod(size)
+
+        def most(cost: _Cost) -> int:
             once = cost.weight * weight.numel() + cost.call
-            sparse = (cost.product * self.density * products + cost.number * numbers) * fill + once
-            if sparse < products and (each != Pass.WEIGHT_GRADIENT or self.kept_gradient):
-                found |= each
-        return found
+            spared = 10 * images * pixels * weight.numel() - cost.number * taken * numbers - once
+            return spared // (cost.product * taken * pixels) if spared > 0 else _NEVER
+
+        found = [most(cost) for cost in _COSTS]
+        if not self.kept_gradient:
+            found[-1] = _NEVER
+        return found if max(found) >= self.density * weight.numel() else None
 
 
 def masked_conv2d(
@@ -103,7 +110,7 @@ def masked_conv2d(
     bias: Tensor | None,
     *,
     geometry: Geometry,
-    passes: Pass,
+    most_kept: list[int],
 ) -> Tensor:
     """conv2d(x; weight), where `weight` is 0 wherever `mask` is.
 
@@ -113,11 +120,20 @@ def masked_conv2d(
         mask: B, bool, of the same shape.
         bias: `(C_out,)` or None.
         geometry: Stride, padding, dilation and groups.
-        passes: Which passes leave out what the mask does. With WEIGHT_GRADIENT the gradient of
-            `weight` is 0 where the mask is.
+        most_kept: For each `Pass`, up to how many weights the mask may keep for the pass to leave
+            out the others. The weight gradient is then 0 where the mask is.
     """
-    y: Tensor = _masked_conv(x, weight, mask, bias, *geometry, int(passes))
+    y: Tensor = _masked_conv(x, weight, mask, bias, *geometry, most_kept)
     return y
+
+
+def sparse_passes(mask: Tensor, most_kept: list[int]) -> Pass:
+    """Which passes leave out what the mask does."""
+    kept, found = native_conv.count_kept(mask), Pass(0)
+    for each, most in zip(Pass, most_kept, strict=True):
+        if kept <= most:
+            found |= each
+    return found
 
 
 @torch.library.custom_op("spre_fx::masked_conv", mutates_args=())
@@ -130,10 +146,10 @@ def _masked_conv(  # noqa: PLR0917
     padding: list[int],
     dilation: list[int],
     groups: int,
-    passes: int,
+    most_kept: list[int],
 ) -> Tensor:
     geometry = Geometry(stride, padding, dilation, groups)
-    if passes & Pass.FORWARD and (bias is None or bias.dtype == x.dtype):
+    if Pass.FORWARD in sparse_passes(mask, most_kept) and (bias is None or bias.dtype == x.dtype):
         return native_conv.forward(x, weight, mask, bias, geometry)
     return _like(F.conv2d(x, weight, bias, *geometry), x)
 
@@ -148,15 +164,16 @@ def _masked_conv_backward(  # noqa: PLR0917
     padding: list[int],
     dilation: list[int],
     groups: int,
-    passes: int,
+    most_kept: list[int],
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:
     geometry = Geometry(stride, padding, dilation, groups)
+    sparse = sparse_passes(mask, most_kept)
     of_x, of_weight = wanted
     x_gradient, weight_gradient = x.new_empty(0), x.new_empty(0)
-    if of_x and passes & Pass.INPUT_GRADIENT:
+    if of_x and Pass.INPUT_GRADIENT in sparse:
         x_gradient, of_x = native_conv.input_gradient(gradient, x, weight, mask, geometry), False
-    if of_weight and passes & Pass.WEIGHT_GRADIENT:
+    if of_weight and Pass.WEIGHT_GRADIENT in sparse:
         weight_gradient = native_conv.weight_gradient(gradient, x, mask, geometry)
         of_weight = False
     if of_x or of_weight:
@@ -222,7 +239,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # with create_graph=True autograd has to see what is computed
         geometry = Geometry(*ctx.others[:4])
         found = _dense_backward(gradient, x, weight, geometry, wanted)
-        if found[1] is not None and ctx.others[4] & Pass.WEIGHT_GRADIENT:
+        if found[1] is not None and ctx.others[4][-1] >= 0:
             found = found[0], found[1] * mask
     else:
         found = _masked_conv_backward(gradient, x, weight, mask, *ctx.others, wanted)

@@ -99,7 +99,7 @@ def spre_mask(nm: Tensor, live: Tensor) -> Tensor:
         return mask
     # Live taps in the shape of a filter: the product then runs along whole filters, not along one
     # kernel after the other, which takes 15 times as long.
-    return nm * torch.empty_like(nm[:1], dtype=live.dtype).copy_(live)
+    return nm * torch.empty_like(nm[:1]).copy_(live)
 
 
 def spatial_sparsity(mask: Tensor) -> Tensor:

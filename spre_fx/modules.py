@@ -202,10 +202,11 @@ class _ConvForward:
     def _masked_forward(self, input: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
         """conv(input; weight), where `weight` is masked."""
         if self.sparse is not None:
-            passes = self.sparse.passes(input, weight, mask)
-            if passes:
-                operands = (input, weight, mask, self.bias)
-                return masked_conv2d(*operands, geometry=self.sparse.geometry, passes=passes)
+            most_kept = self.sparse.most_kept(input, weight)
+            if most_kept is not None:
+                kept = mask if mask.dtype == torch.bool else mask.detach() != 0
+                operands = (input, weight, kept, self.bias)
+                return masked_conv2d(*operands, geometry=self.sparse.geometry, most_kept=most_kept)
         return self._conv_forward(input, weight, self.bias)
 
 

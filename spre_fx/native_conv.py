@@ -27,30 +27,27 @@ _MOST_TOGETHER = 64
 _ALIGNMENT = 64
 
 
-def takes(x: Tensor, weight: Tensor, mask: Tensor) -> bool:
+def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether there are kernels for these operands here."""
     if x.dim() != 4 or not x.numel() or not x.is_cpu or torch.is_autocast_enabled("cpu"):
         return False
-    same = x.dtype == weight.dtype and x.dtype in _DTYPES and mask.dtype == torch.bool
+    same = x.dtype == weight.dtype and x.dtype in _DTYPES
     read = max(x.shape[1], len(weight)) * x[0, 0].numel()  # of an image, or of its output
     small = weight.numel() < _LARGEST and read * _MOST_TOGETHER < _LARGEST
-    return same and small and _together(x.itemsize) > 0
+    return same and small and images_together(x.itemsize) > 0
 
 
-def fill(x: Tensor) -> float:
-    """Images of whole groups, in which kernels take them, over those that there are."""
-    images, together = len(x), _together(x.itemsize)
-    return -(-images // together) * together / images
+def images_together(itemsize: int) -> int:
+    """How many images a kernel takes at a time; 0 where there is none.
 
-
-def _together(itemsize: int) -> int:
-    """How many images a kernel takes at a time; 0 where there is none."""
+    Fewer, such as the last ones of a batch, take as long.
+    """
     engine = load()
     return 0 if engine is None else engine.images_together(itemsize)
 
 
 # What torch.compiler.assume_constant_result does, which imports the compiler at once.
-_together._dynamo_marked_constant = True  # type: ignore[attr-defined]
+images_together._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -104,6 +101,14 @@ def weight_gradient(gradient: Tensor, x: Tensor, mask: Tensor, geometry: Geometr
     return result
 
 
+def count_kept(mask: Tensor) -> int:
+    """How many weights a mask keeps."""
+    engine = load()
+    assert engine is not None
+    mask = mask.contiguous(memory_format=memory_format(mask))
+    return engine.count_kept(mask.data_ptr(), mask.numel())
+
+
 def _run(
     which: int,
     input: Tensor,
@@ -120,7 +125,7 @@ def _run(
         operands["weight"] = weight.contiguous(memory_format=of_weight)
     conv = describe(input, mask, geometry)
     threads = torch.get_num_threads()
-    kept = engine.count_kept(mask.data_ptr(), mask.numel())
+    kept = count_kept(mask)
     scratch = torch.empty(
         engine.masked_conv_scratch(conv, which, kept, threads) + _ALIGNMENT, dtype=torch.uint8
     )

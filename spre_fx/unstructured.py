@@ -114,6 +114,8 @@ class GMP(UnstructuredMethod):
     weights keep their value and no longer change but by momentum and decay, as in the paper.
     """
 
+    kept_gradient: ClassVar[bool] = True
+
     def check(self, patterns: Collection[Pattern], schedule: Schedule) -> None:  # noqa: ARG002
         """Refuse a schedule that is no ramp."""
         ramp_of(self, schedule)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import spre_fx
 from spre_fx import SRSTE, CubicRamp, OptionError, Pattern, SpRe, engine
-from spre_fx.masked_conv import SparseCompute
+from spre_fx.masked_conv import Pass, SparseCompute, sparse_passes
 from spre_fx.modules import NMConv2d, SpReConv2d
 from spre_fx.native_conv import Geometry
 from spre_fx.passes import ComputeSparsely, Policy, trace, training_pipeline
@@ -29,10 +29,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "sr-ste": {},
     "asp": {"method": "asp"},
     "lbc": {"method": "lbc", "schedule": CubicRamp(1, 3)},
+    "gmp": {"method": "gmp", "schedule": CubicRamp(1, 3)},
     "straight through": {"branch": SpRe(straight_through=True)},
 }
+GRADUAL = ("lbc", "gmp")  # which keep all weights at first
 PATTERNS = ("2:4", "1:4", "1:8", "1:16")
 BRANCHES = (None, "spre", "same", "inverse")
+BRANCHES_OF: dict[str, tuple[str | None, ...]] = {"straight through": ("spre",), "gmp": (None,)}
 QUICK = [("2:4", "spre"), ("1:4", None), ("1:8", "same"), ("1:16", "inverse")]
 
 
@@ -83,11 +86,12 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.spre_fx.masked_conv.default:
-            self.count["forward"] += args[-1] & 1
+            self.count["forward"] += Pass.FORWARD in sparse_passes(args[2], args[-1])
         if func is torch.ops.spre_fx.masked_conv_backward.default:
-            passes, wanted = args[-2:]
-            self.count["input"] += bool(passes & 2 and wanted[0])
-            self.count["weight"] += bool(passes & 4 and wanted[1])
+            most_kept, (of_x, of_weight) = args[-2:]
+            sparse = sparse_passes(args[3], most_kept)
+            self.count["input"] += of_x and Pass.INPUT_GRADIENT in sparse
+            self.count["weight"] += of_weight and Pass.WEIGHT_GRADIENT in sparse
         return func(*args, **(kwargs or {}))
 
 
@@ -113,10 +117,16 @@ def cases() -> Iterator[Any]:
     for name, pattern, branch in itertools.product(METHODS, PATTERNS, BRANCHES):
         options = {"pattern": pattern, "branch": branch} | METHODS[name]
         quick = (pattern, branch) in QUICK and name in ("sr-ste", "asp")
-        quick |= (pattern, branch) == ("1:4", "spre")
-        if name != "straight through" or branch == "spre":
+        quick |= (pattern, branch) == ("1:4", "spre") or (name, pattern) == ("gmp", "1:4")
+        if branch in BRANCHES_OF.get(name, BRANCHES):
             marks = () if quick else pytest.mark.slow
             yield pytest.param(options, id=f"{name}, {pattern}, {branch}", marks=marks)
+
+
+def assert_many_calls(calls: Calls, *, of_weight: bool) -> None:
+    assert calls.count["forward"] >= 3
+    assert calls.count["input"] >= 3
+    assert bool(calls.count["weight"]) is of_weight
 
 
 @needs_engine
@@ -125,18 +135,17 @@ def test_training_is_that_of_dense_convs(options: dict[str, Any]) -> None:
     sparse, dense = (prepared(compute, **options) for compute in ("auto", "dense"))
     with Calls() as calls:
         assert_same_step(sparse, dense, images(), 1e-10)
-    if options.get("method") == "lbc":  # its masks are numbers, which have a gradient
-        assert not calls.count
-    else:
-        assert calls.count["forward"] >= 4
-        assert calls.count["input"] >= 4
-        to_kept_alone = options.get("method") == "asp" or options["branch"] in BRANCHES[1:]
-        assert bool(calls.count["weight"]) is to_kept_alone
+    name = options.get("method")
+    if name not in GRADUAL:
+        assert_many_calls(calls, of_weight=name == "asp" or options["branch"] in BRANCHES[1:])
     optimizers = [torch.optim.SGD(m.parameters(), 0.05, momentum=0.9) for m in (sparse, dense)]
-    for seed in range(3):
-        assert_same_step(sparse, dense, images(seed=seed), 1e-8)
+    for seed in range(4):
+        with Calls() as calls:
+            assert_same_step(sparse, dense, images(seed=seed), 1e-8)
         for optimizer in optimizers:
             optimizer.step()
+    if name in GRADUAL:  # only now
+        assert_many_calls(calls, of_weight=True)
     state = dense.state_dict()
     for name, value in sparse.state_dict().items():
         torch.testing.assert_close(value, state[name], rtol=1e-8, atol=1e-8)

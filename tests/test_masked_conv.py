@@ -2,6 +2,8 @@
 
 import itertools
 from collections.abc import Callable
+from functools import reduce
+from operator import or_
 from random import Random
 
 import pytest
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 
 from spre_fx import engine
 from spre_fx.engine import library
-from spre_fx.masked_conv import Pass, SparseCompute, masked_conv2d
+from spre_fx.masked_conv import Pass, SparseCompute, masked_conv2d, sparse_passes
 from spre_fx.native_conv import Geometry
 
 EVERY = Pass.FORWARD | Pass.INPUT_GRADIENT | Pass.WEIGHT_GRADIENT
@@ -39,9 +41,17 @@ def small(dtype: torch.dtype = torch.float64) -> MaskedConv:
     return MaskedConv(x, weight * mask, mask, torch.randn(4, dtype=dtype), y_gradient, geometry)
 
 
-def run(conv: MaskedConv, passes: Pass, *operands: Tensor) -> Tensor:
+def most_kept(passes: Pass) -> list[int]:
+    """Limits that let some passes leave out what a mask does, whatever it keeps."""
+    return [10**9 if each in passes else -1 for each in Pass]
+
+
+def run(conv: MaskedConv, passes: Pass, *operands: Tensor | None) -> Tensor:
     x, weight, bias = operands
-    return masked_conv2d(x, weight, conv.mask, bias, geometry=conv.geometry, passes=passes)
+    assert x is not None
+    assert weight is not None
+    limits = most_kept(passes)
+    return masked_conv2d(x, weight, conv.mask, bias, geometry=conv.geometry, most_kept=limits)
 
 
 def leaves(conv: MaskedConv, wanted: tuple[bool, ...] = (True,) * 3) -> list[Tensor]:
@@ -86,7 +96,7 @@ def test_each_pass_goes_the_way_it_is_told(passes: Pass) -> None:
     conv = small()
     # Removed weights that are not 0: dense passes see them, and the kernels do not.
     x, weight = conv.x.requires_grad_(), torch.randn_like(conv.weight).requires_grad_()
-    y = masked_conv2d(x, weight, conv.mask, None, geometry=conv.geometry, passes=passes)
+    y = run(conv, passes, x, weight, None)
     of_x, of_weight = torch.autograd.grad(y, (x, weight), conv.y_gradient)
 
     def by_torch(seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,12 +142,12 @@ def test_gradients_are_derivatives(passes: Pass) -> None:
 def test_operators_keep_the_rules_of_torch_library(passes: Pass) -> None:
     conv = small(torch.float32)
     operands = (conv.x.to(memory_format=LAST), conv.weight)
-    others = (conv.mask, conv.bias, *conv.geometry, int(passes))
+    others = (conv.mask, conv.bias, *conv.geometry, most_kept(passes))
     ops = torch.ops.spre_fx
     leaves = (each.requires_grad_() for each in operands)
     torch.library.opcheck(ops.masked_conv.default, (*leaves, *others))
     plain = (conv.y_gradient, *(each.detach() for each in operands), conv.mask)
-    arguments = (*plain, *conv.geometry, int(passes), [True, True])
+    arguments = (*plain, *conv.geometry, most_kept(passes), [True, True])
     torch.library.opcheck(ops.masked_conv_backward.default, arguments)
 
 
@@ -147,7 +157,7 @@ def test_compilers_are_told_how_results_lie_in_memory(passes: Pass) -> None:
     for of_x, of_weight in itertools.product(LAYOUTS, repeat=2):
         x, gradient = laid_out(conv.x, of_x), laid_out(conv.y_gradient, of_weight)
         operands = x, laid_out(conv.weight, of_weight), laid_out(conv.mask, of_x)
-        rest = (*conv.geometry, int(passes))
+        rest = (*conv.geometry, most_kept(passes))
         real = [
             ops.masked_conv(*operands, conv.bias, *rest),
             *ops.masked_conv_backward(gradient, *operands, *rest, [True, True]),
@@ -211,8 +221,13 @@ def asked(
     x = torch.zeros(1, dtype=dtype).expand(images, channels, side, side)
     weight = torch.zeros(1, dtype=dtype).expand(filters, channels // groups, kernel, kernel)
     geometry = Geometry([stride] * 2, [kernel // 2] * 2, [1, 1], groups)
-    compute = SparseCompute(geometry, density, kept_gradient)
-    return compute.passes(x, weight, torch.ones(1, dtype=torch.bool).expand(weight.shape))
+    most = SparseCompute(geometry, density, kept_gradient).most_kept(x, weight)
+    return Pass(0) if most is None else chosen(density * weight.numel(), most)
+
+
+def chosen(kept: float, most: list[int]) -> Pass:
+    passes = (each for each, limit in zip(Pass, most, strict=True) if kept <= limit)
+    return reduce(or_, passes, Pass(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -254,17 +269,30 @@ def test_the_rule_depends_on_shapes_alone() -> None:
     x, weight = torch.randn(32, 64, 14, 14), torch.randn(64, 64, 3, 3)
     for number, kind, threads in itertools.product((0.0, 1.0), LAYOUTS, (1, 3)):
         torch.set_num_threads(threads)
-        mask = torch.full_like(weight, number, dtype=torch.bool)
-        operands = (laid_out(each, kind) for each in (x * number, weight * number, mask))
-        assert compute.passes(*operands) == EVERY
+        found = compute.most_kept(*(laid_out(each, kind) for each in (x * number, weight * number)))
+        assert found is not None
+        assert chosen(weight.numel() / 4, found) == EVERY
+        assert found == compute.most_kept(x, weight)
     torch.set_num_threads(1)
+
+
+def test_a_mask_that_keeps_too_much_for_a_pass_makes_it_dense() -> None:
+    mask = torch.arange(60).view(3, 5, 2, 2) < 20
+    for limit in (19, 20):
+        for which, each in enumerate(Pass):
+            limits = [-1, -1, -1]
+            limits[which] = limit
+            assert sparse_passes(mask, limits) == (each if limit == 20 else Pass(0))
+    for shuffled in (laid_out(mask, kind) for kind in LAYOUTS):
+        assert sparse_passes(shuffled, [20, 19, 20]) == Pass.FORWARD | Pass.WEIGHT_GRADIENT
+    assert sparse_passes(torch.zeros_like(mask), [0, -1, 0]) == Pass.FORWARD | Pass.WEIGHT_GRADIENT
 
 
 @pytest.mark.parametrize("shape", [(32, 60, 14, 14), (32, 64, 2, 14), (32, 64, 2, 2)], ids=str)
 def test_what_torch_refuses_is_left_to_torch(shape: tuple[int, ...]) -> None:
     x, weight = torch.randn(shape), torch.randn(64, 64, 5, 5)
     compute = SparseCompute(Geometry([1, 1], [0, 0], [1, 1], 1), 1 / 16, True)
-    assert compute.passes(x, weight, weight > 0) == Pass(0)
+    assert compute.most_kept(x, weight) is None
     with pytest.raises(RuntimeError, match=r"channels|Kernel size"):
         F.conv2d(x, weight)
 

@@ -56,11 +56,12 @@ def test_sparse_compute_comes_last(branch: SpRe | None) -> None:
     assert isinstance(sparse.passes[sparse.index_of_masks], WireMasks)
 
 
-def test_unstructured_masks_are_computed_with_as_dense_ones() -> None:
-    options = {"branch": None, "gamma": 1.0, "sparse": True}
+@pytest.mark.parametrize("sparse", [True, False])
+def test_unstructured_masks_have_a_pass_of_their_own(sparse: bool) -> None:
+    options = {"branch": None, "gamma": 1.0, "sparse": sparse}
     pipeline = training_pipeline(POLICY, GMP(), CubicRamp(0, 4), **options)
     wire = WireUnstructured(POLICY, GMP(), CubicRamp(0, 4))
-    assert pipeline.passes == (ModulariseCalls(), wire)
+    assert pipeline.passes == (ModulariseCalls(), wire, *[ComputeSparsely()] * sparse)
     assert pipeline.index_of_masks == 1
 
 
