@@ -18,6 +18,7 @@ from spre_fx.packed_layers import PackedConv2d, PackedLinear, refusal
 from spre_fx.patterns import Pattern
 
 _BFLOAT16 = "avx512_bf16"  # the instruction set that the engine needs for it
+_WITH_LONG_PERMUTES = ("avx512_bf16", "avx512")  # of 16 lanes
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,20 @@ class CPUBackend:
         return f"{processor()}, {isa}, version {VERSION}"
 
     def candidates(self, layer: nn.Module, pattern: Pattern) -> list[Lowered] | str:
-        """The packed layer, or why there is none."""
+        """The packed layer, of a conv in either layout, or why there is none."""
         if (reason := refusal(layer)) is not None:
             return reason
         loaded = engine.load()
         if layer.weight.dtype == torch.bfloat16 and (loaded is None or loaded.isa != _BFLOAT16):
             return "this CPU has no instructions for bfloat16 that the engine uses"
-        if isinstance(layer, nn.Conv2d):
-            packed: nn.Module = PackedConv2d.from_dense(layer)
-        else:
-            assert isinstance(layer, nn.Linear)
-            packed = PackedLinear.from_dense(layer)
-        return [Lowered(packed, "cpu", f"computes the {pattern} non-zeros only")]
+        why = f"computes the {pattern} non-zeros only"
+        if isinstance(layer, nn.Linear):
+            return [Lowered(PackedLinear.from_dense(layer), "cpu", why)]
+        assert isinstance(layer, nn.Conv2d)
+        ways = [Lowered(PackedConv2d.from_dense(layer), "cpu", why)]
+        if layer.weight.dtype == torch.float32:
+            ways.append(Lowered(PackedConv2d.from_dense(layer, planar=True), "cpu", why))
+        return ways
 
     def rule(
         self,
@@ -54,9 +57,11 @@ class CPUBackend:
         candidates: Sequence[Lowered],
         input_shape: tuple[int, ...] | None,  # noqa: ARG002
     ) -> Lowered:
-        """Packed where `predicted_ratio` says it is faster."""
+        """Packed where `predicted_ratio` says it is faster; planar where permutes are slow."""
         ratio = predicted_ratio(layer, pattern)
-        (packed,) = candidates
+        loaded = engine.load()
+        permutes = loaded is not None and loaded.isa in _WITH_LONG_PERMUTES
+        packed = candidates[0 if permutes else -1]
         if ratio > 1:
             why = f"{packed.why}: expected to be {ratio:.1f} times as fast as dense"
             return Lowered(packed.module, packed.kind, why)

@@ -69,13 +69,19 @@ class _Packed(nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, *, groups: int, activation: str | None
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        groups: int,
+        activation: str | None,
+        planar: bool = False,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             names = ", ".join(str(name) for name in ACTIVATIONS)
             raise OptionError(f"expected an activation of {names}, found {activation!r}.")
-        self.register_buffer("packed", pack(weight, groups))
+        self.register_buffer("packed", pack(weight, groups, planar=planar))
         self.register_buffer("bias", pack_bias(bias, groups))
         self.out_channels = weight.shape[0]
         self.in_channels = weight.shape[1] * groups
@@ -122,6 +128,7 @@ class _Packed(nn.Module):
         """What `print` shows between the brackets."""
         parts = [f"{self.in_channels}, {self.out_channels}", *self._options()]
         parts += [f"slots={self.slots}", f"dtype={str(self.dtype).removeprefix('torch.')}"]
+        parts += ["planar=True"] * self.layout.planar
         parts += ["bias=False"] * (self.bias is None)
         parts += [f"activation={self.activation!r}"] * (self.activation is not None)
         return ", ".join(parts)
@@ -161,6 +168,8 @@ class PackedConv2d(_Packed):
         dilation: Between taps.
         groups: Of the channels.
         activation: "relu", "relu6", "silu", "hardswish" or None.
+        planar: Whether the weight is packed for kernels that take neighbouring pixels together,
+            rather than outputs; of float32.
 
     Raises:
         ModelError: If the weight is of another type.
@@ -177,14 +186,15 @@ class PackedConv2d(_Packed):
         dilation: Pair = (1, 1),
         groups: int = 1,
         activation: str | None = None,
+        planar: bool = False,
     ) -> None:
-        super().__init__(weight, bias, groups=groups, activation=activation)
+        super().__init__(weight, bias, groups=groups, activation=activation, planar=planar)
         self.stride = stride
         self.padding = padding
         self.dilation = dilation
 
     @classmethod
-    def from_dense(cls, conv: nn.Conv2d) -> PackedConv2d:
+    def from_dense(cls, conv: nn.Conv2d, *, planar: bool = False) -> PackedConv2d:
         """Pack a convolution, which is left as it is.
 
         Raises:
@@ -199,6 +209,7 @@ class PackedConv2d(_Packed):
             padding=padding,
             dilation=_pair(conv.dilation),
             groups=conv.groups,
+            planar=planar,
         )
 
     def to_dense(self) -> nn.Conv2d:

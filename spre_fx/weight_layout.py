@@ -10,6 +10,11 @@ multiply. Every output keeps as many slots as the fullest one needs, so any patt
 weight too, can be packed; the fewer non-zeros the smaller. There are 2 halves where each half of a
 channel group needs half of the slots, which shorter registers read faster, and else 1. Zeros of
 either sign are not stored, so that -0.0 comes back as 0.0.
+
+A planar one, for kernels that take neighbouring pixels together instead of outputs, is of float32
+and has the shape
+
+    (groups, O, ceil(C / channel_group), kH * kW, slots, 2)
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from spre_fx.errors import ModelError
 
 BLOCK = 16  # outputs that are computed together, one a lane
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+_PLANAR_AXES = 6
 _FLOATS = {bits: dtype for dtype, bits in _BITS.items()}
 
 
@@ -36,11 +42,13 @@ class Layout(NamedTuple):
             non-zero of a float32 weight and two of a bfloat16 one.
         channel_group: Input channels that are looked at together, 16 or 32.
         halves: 2 where either half of the slots belongs to a half of the channel group, else 1.
+        planar: Whether it is for kernels that take neighbouring pixels together.
     """
 
     slots: int
     channel_group: int
     halves: int
+    planar: bool = False
 
 
 def packable(dtype: torch.dtype) -> bool:
@@ -67,24 +75,48 @@ def layout(
     Raises:
         ModelError: If this is not the shape that such a weight is packed in.
     """
+    if len(packed) == _PLANAR_AXES:
+        return _planar_layout(packed, shape, groups, dtype)
     halves, slots = packed[4:6] if len(packed) == 8 else (1, 1)
     by_16 = dtype == torch.float32 and len(packed) == 8 and packed[2] == -(-shape[1] // 16)
     found = Layout(slots * halves, 16 if by_16 else 32, halves)
     expected = (groups, *_counts(shape, groups, found.channel_group), halves, slots, 2)
     if packed != (*expected, BLOCK * _pairs(dtype)) or slots < 1 or halves > by_16 + 1:
-        raise ModelError(
-            f"expected a packed weight of shape {(*expected, BLOCK * _pairs(dtype))} for a "
-            f"{dtype} weight of shape {shape} in {groups} groups, found {packed}."
-        )
+        raise _misshapen(packed, (*expected, BLOCK * _pairs(dtype)), shape, groups, dtype)
     return found
 
 
-def pack(weight: Tensor, groups: int = 1) -> Tensor:
+def _planar_layout(
+    packed: tuple[int, ...], shape: tuple[int, ...], groups: int, dtype: torch.dtype
+) -> Layout:
+    slots, cuts, taps = packed[4], -(-shape[1] // 16), prod(shape[2:])
+    found = Layout(slots, 16 if packed[2] == cuts else 32, 1, True)
+    expected = (groups, shape[0] // groups, -(-shape[1] // found.channel_group), taps, slots, 2)
+    if packed != expected or slots < 1 or dtype != torch.float32:
+        raise _misshapen(packed, expected, shape, groups, dtype)
+    return found
+
+
+def _misshapen(
+    packed: tuple[int, ...],
+    expected: tuple[int, ...],
+    shape: tuple[int, ...],
+    groups: int,
+    dtype: torch.dtype,
+) -> ModelError:
+    return ModelError(
+        f"expected a packed weight of shape {expected} for a {dtype} weight of shape {shape} in "
+        f"{groups} groups, found {packed}."
+    )
+
+
+def pack(weight: Tensor, groups: int = 1, *, planar: bool = False) -> Tensor:
     """Pack the weight of an N:M convolution.
 
     Args:
         weight: `(C_out, C_in/groups, kH, kW)`, float32 or bfloat16.
         groups: Of the convolution.
+        planar: For kernels that take neighbouring pixels together; of float32.
 
     Returns:
         Shape and type as the module says. float32 weights take channel groups of 16 or 32,
@@ -93,10 +125,13 @@ def pack(weight: Tensor, groups: int = 1) -> Tensor:
     Raises:
         ModelError: If the weight is of another type.
     """
-    if not packable(weight.dtype):
-        raise ModelError(f"expected a weight of float32 or bfloat16, found {weight.dtype}.")
+    if not packable(weight.dtype) or (planar and weight.dtype != torch.float32):
+        types = "float32" if planar else "float32 or bfloat16"
+        raise ModelError(f"expected a weight of {types}, found {weight.dtype}.")
     weight = weight.detach()
-    slots, channel_group, halves = _choose(weight)
+    slots, channel_group, halves, _ = _choose(weight)
+    if planar:
+        halves = 1
     rows = _rows(weight, groups, channel_group)
     kept = rows != 0
     part, pairs = channel_group // halves, _pairs(weight.dtype)
@@ -108,6 +143,9 @@ def pack(weight: Tensor, groups: int = 1) -> Tensor:
     packed = rows.new_zeros(2, len(counts) * entries, dtype=_BITS[weight.dtype])
     packed[0].scatter_(0, entry, rows.view(-1)[place].view(packed.dtype))
     packed[1].scatter_(0, entry, (place % channel_group).to(packed.dtype))
+    if planar:  # (2, G, O/16, C/cg, taps, lane, slot) to (G, O, C/cg, taps, slot, 2)
+        by_output = packed.view(2, *rows.shape[:-1], slots).permute(1, 2, 5, 3, 4, 6, 0)
+        return by_output.flatten(1, 2)[:, : len(weight) // groups].contiguous()
     # (2, G, O/16, C/cg, taps, lane, half, slot, pair)
     # to (G, O/16, C/cg, taps, half, slot, 2, lane, pair)
     apart = packed.view(2, *rows.shape[:-1], halves, slots // halves, pairs)
@@ -127,12 +165,16 @@ def unpack(packed: Tensor, shape: tuple[int, ...], groups: int = 1) -> Tensor:
         ModelError: If the packed tensor is not one of such a weight.
     """
     dtype = weight_dtype(packed.dtype)
-    _, channel_group, _ = layout(tuple(packed.shape), shape, groups, dtype)
+    _, channel_group, _, planar = layout(tuple(packed.shape), shape, groups, dtype)
     blocks, cuts, taps = _counts(shape, groups, channel_group)
-    apart = packed.view(*packed.shape[:-1], BLOCK, _pairs(dtype))
-    # (G, O/16, C/cg, taps, half, slot, 2, lane, pair)
-    # to (2, G, O/16, C/cg, taps, lane, half, slot, pair)
-    values, channels = apart.permute(6, 0, 1, 2, 3, 7, 4, 5, 8).flatten(1, 5).flatten(2)
+    if planar:  # (G, O, C/cg, taps, slot, 2) to (2, G, O/16, C/cg, taps, lane, slot)
+        apart = _pad_to(packed, 1, BLOCK).unflatten(1, (-1, BLOCK))
+        values, channels = apart.permute(6, 0, 1, 3, 4, 2, 5).flatten(1, 5)
+    else:
+        apart = packed.view(*packed.shape[:-1], BLOCK, _pairs(dtype))
+        # (G, O/16, C/cg, taps, half, slot, 2, lane, pair)
+        # to (2, G, O/16, C/cg, taps, lane, half, slot, pair)
+        values, channels = apart.permute(6, 0, 1, 2, 3, 7, 4, 5, 8).flatten(1, 5).flatten(2)
     # Added, since a free slot holds zero bits and channel 0, where a value may stand already.
     rows = values.new_zeros(len(values), channel_group).scatter_add_(1, channels.long(), values)
     ordered = rows.view(groups, blocks, cuts, taps, BLOCK, channel_group)
@@ -143,7 +185,7 @@ def unpack(packed: Tensor, shape: tuple[int, ...], groups: int = 1) -> Tensor:
 
 def channels_below(packed: Tensor, channel_group: int) -> bool:
     """Whether all channels that a packed weight names are those of a channel group."""
-    channels = packed.select(-2, 1)
+    channels = packed.select(-1 if packed.ndim == _PLANAR_AXES else -2, 1)
     return not bool(((channels < 0) | (channels >= channel_group)).any())
 
 

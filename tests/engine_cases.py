@@ -273,7 +273,11 @@ def pruned(draw: Draw, weight: Tensor, n: int, m: int) -> Tensor:
     return weight * mask.flatten(1, 2)[:, : weight.shape[1]]
 
 
-def sparse_conv(draw: Draw) -> Case:
+def planar_conv(draw: Draw) -> Case:
+    return sparse_conv(draw, planar=draw.dtype == torch.float32)
+
+
+def sparse_conv(draw: Draw, *, planar: bool = False) -> Case:
     w = draw.window()
     groups = draw.one_of(1, 1, 1, 2, 3)
     inputs = draw.one_of(1, 3, 4, 8, 15, 16, 17, 20, 31, 32, 33, 48, 64)
@@ -289,18 +293,19 @@ def sparse_conv(draw: Draw) -> Case:
         n, m, inputs = 1, 1, draw.one_of(32, 64)  # no free slots: these multiply by zero
     shape = (outputs * groups, inputs, w["kernel_h"], w["kernel_w"])
     weight = pruned(draw, draw.normal(*shape), n, m)
-    packed = weight_layout.pack(weight, groups)
-    slots, channel_group, halves = weight_layout.layout(
+    packed = weight_layout.pack(weight, groups, planar=planar)
+    slots, channel_group, halves, _ = weight_layout.layout(
         tuple(packed.shape), shape, groups, draw.dtype
     )
     fields = {"slots": slots, "channel_group": channel_group, "groups": groups}
+    fields["planar"] = int(planar)
     fields["halves"] = halves - 1 if draw.chance() else 0  # either way it is the same weight
     if draw.chance():
         fields |= {"tile_blocks": draw.one_of(1, 2, 3, 4), "tile_pixels": draw.one_of(1, 3, 7, 14)}
         fields |= {"tile_rows": draw.one_of(1, 2, 5), "split": draw.one_of(1, 2, 3)}
         taps = w["kernel_h"] * w["kernel_w"]
         one = taps == 1 and not (w["padding_h"] or w["padding_w"])
-        fields["direct"] = int(one and inputs % channel_group == 0 and draw.chance())
+        fields["direct"] = int(not planar and one and inputs % channel_group == 0 and draw.chance())
     x = image(draw, w, inputs * groups)
     bias, padded = a_bias(draw, outputs * groups, groups)
     sums = F.conv2d(
@@ -388,14 +393,12 @@ def copy(draw: Draw) -> Case:
     return case(draw, Kind.COPY, x, x.values.double(), epilogue=False, **fields)
 
 
-KINDS: dict[Kind, Callable[[Draw], Case]] = {
-    Kind.SPARSE_CONV: sparse_conv,
-    Kind.DENSE_CONV: dense_conv,
-    Kind.DEPTHWISE_CONV: depthwise_conv,
-    Kind.MAX_POOL: max_pool,
-    Kind.AVERAGE_POOL: average_pool,
-    Kind.AFFINE: affine,
-    Kind.COPY: copy,
+KINDS: dict[str, Callable[[Draw], Case]] = {
+    each.__name__: each
+    for each in (
+        *(sparse_conv, planar_conv, dense_conv, depthwise_conv),
+        *(max_pool, average_pool, affine, copy),
+    )
 }
 
 

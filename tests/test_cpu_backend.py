@@ -13,15 +13,30 @@ PATTERN = Pattern(1, 4)
 
 
 @pytest.mark.parametrize(
-    ("layer", "kind"),
+    ("layer", "kind", "planar"),
     [
-        (nn.Conv2d(16, 8, 3, padding="same", groups=4), PackedConv2d),
-        (nn.Linear(16, 8), PackedLinear),
+        (nn.Conv2d(16, 8, 3, padding="same", groups=4), PackedConv2d, [False, True]),
+        (nn.Linear(16, 8), PackedLinear, [False]),
     ],
 )
-def test_convs_and_linears_are_packed(layer: nn.Module, kind: type[nn.Module]) -> None:
-    (way,) = CPUBackend().candidates(layer, PATTERN)
-    assert (type(way.module), way.kind, way.why) == (kind, "cpu", "computes the 1:4 non-zeros only")
+def test_convs_and_linears_are_packed(
+    layer: nn.Module, kind: type[nn.Module], planar: list[bool]
+) -> None:
+    ways = CPUBackend().candidates(layer, PATTERN)
+    assert [way.module.layout.planar for way in ways] == planar
+    for way in ways:
+        assert (type(way.module), way.kind) == (kind, "cpu")
+        assert way.why == "computes the 1:4 non-zeros only"
+
+
+@pytest.mark.parametrize(("isa", "planar"), [("avx512", False), ("avx2", True)])
+def test_without_measuring_convs_are_planar_where_permutes_are_short(
+    monkeypatch: pytest.MonkeyPatch, isa: str, planar: bool
+) -> None:
+    backend, conv = CPUBackend(), nn.Conv2d(64, 64, 3)
+    monkeypatch.setattr(cpu_backend.engine, "load", lambda: SimpleNamespace(isa=isa))
+    ways = backend.candidates(conv, PATTERN)
+    assert backend.rule(conv, PATTERN, ways, None).module.layout.planar is planar
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one = PackedConv2d.from_dense(sparse(nn.Conv2d(32, 48, 3, padding=1)))
-        self.two = PackedConv2d.from_dense(sparse(nn.Conv2d(48, 48, 1, bias=False)))
+        two = sparse(nn.Conv2d(48, 48, 1, bias=False))
+        self.two = PackedConv2d.from_dense(two, planar=True)
         self.head = PackedLinear.from_dense(sparse(nn.Linear(48, 10)))
         self.one.activation = "silu"
         self.two.activation = "relu"
@@ -47,12 +48,14 @@ CONVS = [
     nn.Conv2d(33, 7, 2, padding="valid"),
     nn.Conv2d(33, 7, 2).bfloat16(),
 ]
+LAYOUTS = [(conv, False) for conv in CONVS] + [(conv, True) for conv in CONVS[:-1]]
 
 
-@pytest.mark.parametrize("conv", CONVS, ids=str)
-def test_convolutions_there_and_back(conv):
+@pytest.mark.parametrize(("conv", "planar"), LAYOUTS, ids=str)
+def test_convolutions_there_and_back(conv, planar):
     conv = sparse(copy.deepcopy(conv))
-    packed = PackedConv2d.from_dense(conv)
+    packed = PackedConv2d.from_dense(conv, planar=planar)
+    assert packed.layout.planar is ("planar=True" in str(packed)) is planar
     x = torch.randn(2, conv.in_channels, 11, 12).to(conv.weight.dtype)
     exact = conv.double()(x.double())
     tolerance = 1e-5 if packed.dtype == torch.float32 else 1e-2
@@ -116,7 +119,7 @@ def test_what_print_shows():
 
 def test_what_it_says_of_its_layout():
     conv = PackedConv2d.from_dense(sparse(nn.Conv2d(64, 32, 3), "1:32"))
-    assert (conv.layout, conv.slots, conv.channel_group) == ((1, 32, 1), 1, 32)
+    assert (conv.layout, conv.slots, conv.channel_group) == ((1, 32, 1, False), 1, 32)
     assert conv.dtype == torch.float32
 
 
@@ -149,10 +152,13 @@ def test_a_state_dict_of_other_masks_is_refused_by_torch():
 
 
 @pytest.mark.parametrize("channel", [-1, 16])
-def test_a_damaged_state_dict_is_refused(channel):
-    conv = PackedConv2d.from_dense(sparse(nn.Conv2d(32, 16, 1), "2:4"))
+@pytest.mark.parametrize(
+    ("planar", "place"), [(False, (0, 0, 1, 0, 1, 0, 1, 3)), (True, (0, 7, 1, 0, 3, 1))]
+)
+def test_a_damaged_state_dict_is_refused(channel, planar, place):
+    conv = PackedConv2d.from_dense(sparse(nn.Conv2d(32, 16, 1), "2:4"), planar=planar)
     state = copy.deepcopy(conv.state_dict())
-    state["packed"][0, 0, 1, 0, 1, 0, 1, 3] = channel
+    state["packed"][place] = channel
     with pytest.raises(RuntimeError, match="packed is damaged: it names channels outside"):
         conv.load_state_dict(state)
 

@@ -34,7 +34,9 @@ def nm_weight(shape: tuple[int, ...], pattern: str | None, dtype: torch.dtype) -
 
 
 def layout_of(packed: Tensor, weight: Tensor, groups: int = 1) -> tuple[int, int, int]:
-    return layout(tuple(packed.shape), tuple(weight.shape), groups, weight.dtype)
+    found = layout(tuple(packed.shape), tuple(weight.shape), groups, weight.dtype)
+    assert found.planar is (packed.ndim == 6)
+    return found[:3]
 
 
 def entries(packed: Tensor) -> dict[tuple[int, ...], list[tuple[int, int]]]:
@@ -47,6 +49,15 @@ def entries(packed: Tensor) -> dict[tuple[int, ...], list[tuple[int, int]]]:
         group, block, cut, tap, _, lane = place
         key = (group, block * 16 + lane // pairs, cut, tap)
         found.setdefault(key, []).append((channel, value))
+    return found
+
+
+def planar_entries(packed: Tensor) -> dict[tuple[int, ...], list[tuple[int, int]]]:
+    """The same of a planar weight."""
+    found: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for *key, slot in (packed[..., 0] != 0).nonzero().tolist():
+        value, channel = packed[(*key, slot)].tolist()
+        found.setdefault(tuple(key), []).append((channel, value))
     return found
 
 
@@ -70,6 +81,10 @@ def test_round_trip_is_exact(shape, groups, pattern, dtype):
     assert back.is_contiguous()
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(back.view(bits), weight.view(bits))
+    if dtype == torch.float32:
+        planar = unpack(pack(weight, groups, planar=True), shape, groups)
+        assert planar.is_contiguous()
+        assert torch.equal(planar.view(bits), weight.view(bits))
 
 
 @given(
@@ -100,6 +115,12 @@ def test_the_layout_is_that_of_engine_h(sizes, groups, density, dtype, seed):
         key = (group, inside, channel // size, tap)
         by_hand.setdefault(key, []).append((channel % size, values[output][channel][tap]))
     assert entries(packed) == by_hand
+    if dtype == torch.float32:
+        planar = pack(weight, groups, planar=True)
+        assert planar.shape == (groups, outputs, ceil(channels / size), taps, slots, 2)
+        assert planar.is_contiguous()
+        assert layout_of(planar, weight, groups) == (slots, size, 1)
+        assert planar_entries(planar) == by_hand
     assert slots == max(1, *(ceil(len(entry) * 16 / lanes) for entry in by_hand.values()), 0)
 
 
@@ -152,6 +173,17 @@ def test_a_weight_without_non_zeros_keeps_one_free_slot():
 def test_strides_do_not_matter():
     weight = nm_weight((16, 32, 3, 3), "2:4", torch.float32)
     assert torch.equal(pack(weight.to(memory_format=torch.channels_last)), pack(weight))
+
+
+def test_planar_weights_are_of_float32():
+    with pytest.raises(ModelError, match=r"a weight of float32, found torch\.bfloat16"):
+        pack(torch.zeros(4, 16, 1, 1, dtype=torch.bfloat16), planar=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1, 9, 1, 2), (1, 5, 2, 9, 1, 2), (1, 5, 1, 9, 0, 2)])
+def test_a_planar_tensor_of_another_weight_is_refused(shape):
+    with pytest.raises(ModelError, match=r"expected a packed weight of shape \(1, 5, 1, 9, ."):
+        unpack(torch.zeros(shape, dtype=torch.int32), (5, 16, 3, 3))
 
 
 def test_other_types_are_refused():

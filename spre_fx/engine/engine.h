@@ -41,6 +41,9 @@ enum Type : int64_t { kFloat32 = 0, kBFloat16 = 1 };
 // channel_group 16, an even number of slots) those of channels 0 to 7 lie in the first half of the
 // slots and those of channels 8 to 15 in the second, as they can for any pattern with M <= 8:
 // shorter registers then need one permute instead of two.
+// Where `planar` is 1 (float32, no halves), neighbouring pixels share registers instead of outputs:
+//   [groups][O][ceil(C / channel_group)][kernel_h * kernel_w][slots][2]
+// with a value and its channel side by side.
 // Weights of kDenseConv: float32 [ceil(O / 16)][kernel_h][kernel_w * C][16], or bfloat16
 // [ceil(O / 16)][kernel_h][ceil(kernel_w * C / 2)][16][2], a lone last number beside a zero.
 // Weights of kDepthwiseConv: [kernel_h * kernel_w][ceil(C / 16) * 16]; of kAffine: the scale, [C],
@@ -60,11 +63,11 @@ struct Step {
   int64_t groups;
   int64_t activation;
   int64_t count_inside;
-  int64_t slots, channel_group, halves;
+  int64_t slots, channel_group, halves, planar;
   // How the work is cut, for experiments and tests. 0 in tile_pixels (of kDenseConv in tile_rows,
   // which is all that it looks at): the engine's own rule chooses all of these.
   int64_t tile_blocks;  // blocks of 16 outputs held in registers
-  int64_t tile_pixels;  // pixels held in registers
+  int64_t tile_pixels;  // pixels held in registers; planar: registers of pixels
   int64_t tile_rows;    // output rows (1x1: times out_width pixels) packed at once
   int64_t split;        // parts that the outputs are divided into among threads
   int64_t direct;  // 1: x is not packed. Only 1x1 without padding, C / groups % channel_group == 0

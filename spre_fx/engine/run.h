@@ -2,8 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "dense_conv.h"
+#include "planar_conv.h"
 #include "pointwise.h"
 #include "sparse_conv.h"
 #include "tiling.h"
@@ -31,6 +33,7 @@ struct Runner {
     const Step s = with_tile(step, threads);
     switch (s.kind) {
       case kSparseConv:
+        if (s.planar) return PlanarConv(s).scratch_bytes();
         return with_traits(
             s, [&](auto traits) { return SparseConv<decltype(traits)>(s).scratch_bytes(); });
       case kDenseConv:
@@ -50,6 +53,8 @@ struct Runner {
     const X* weight = reinterpret_cast<const X*>(bytes);
     switch (s.kind) {
       case kSparseConv:
+        if constexpr (std::is_same_v<X, float>)
+          if (s.planar) return PlanarConv(s).run(x, y, residual, bytes, bias, worker);
         return with_traits(s, [&](auto traits) {
           SparseConv<decltype(traits)>(s).run(x, y, residual, bytes, bias, worker);
         });
@@ -118,7 +123,7 @@ inline void work(const Job& job, int64_t thread, int64_t threads) {
 
 }  // namespace spre
 
-SPRE_EXPORT int64_t spre_version() { return 4; }
+SPRE_EXPORT int64_t spre_version() { return 5; }
 
 SPRE_EXPORT const char* spre_isa() { return spre::kIsa; }
 
@@ -146,6 +151,7 @@ SPRE_EXPORT int64_t spre_takes(const spre::Step* step) {
   if (s.kind < spre::kSparseConv || s.kind > spre::kCopy) return 0;
   if (s.kind == spre::kDenseConv) return s.groups == 1 && s.dilation_w == 1 && s.dilation_h == 1;
   if (s.kind != spre::kSparseConv) return 1;
+  if (s.planar) return !bfloat16 && !s.halves && !s.direct;
   if (s.direct && !(spre::one_tap(s) && s.channels / s.groups % s.channel_group == 0)) return 0;
   if (bfloat16) return s.channel_group == 32 && !s.halves;
   if (s.halves) return s.channel_group == 16 && s.slots % 2 == 0;

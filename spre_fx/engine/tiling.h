@@ -10,6 +10,10 @@ namespace spre {
 // What a thread packs at once must stay in its L2 cache beside the weights that go over it.
 inline constexpr int64_t kPackedBytes = 256 << 10;
 
+// Registers of pixels that a planar conv computes at once: what its sums leave of 16 is for one
+// weight, and of 32 more would make windows larger than the cache.
+inline constexpr int64_t kPlanarRegisters = 12;
+
 // How many threads the rows of one image are for.
 inline int64_t sharers_of_image(const Step& s, int64_t threads) {
   return ceil_div(threads, std::max<int64_t>(1, s.batch));
@@ -35,14 +39,16 @@ inline Step with_tile(const Step& step, int64_t threads) {
   const int64_t most = std::min<int64_t>(kMaxPixels, kReadOnceSums / s.tile_blocks);
   s.tile_pixels =
       flat ? most : ceil_div(s.out_width, std::max<int64_t>(1, ceil_div(s.out_width, most)));
-  s.direct = one_tap(s) && s.channels / s.groups % s.channel_group == 0;
+  if (s.planar) s.tile_pixels = kPlanarRegisters;
+  s.direct = !s.planar && one_tap(s) && s.channels / s.groups % s.channel_group == 0;
 
   // Equal tiles, as many for each thread; threads that can't be given equal rows are given outputs.
   const int64_t rows = flat ? s.batch * s.out_height : s.out_height;
   const int64_t element = s.type == kFloat32 ? 4 : 2;
   const int64_t row =
       std::max<int64_t>(1, s.width * round_up(s.channels, 16) * s.stride_h * element);
-  const int64_t fitting = std::max<int64_t>(1, kPackedBytes / row);
+  const int64_t least = s.planar ? ceil_div(kPlanarRegisters * 8, s.out_width) : 1;
+  const int64_t fitting = std::max(least, (s.planar ? 2 : 1) * kPackedBytes / row);
   const int64_t sharers = flat ? threads : sharers_of_image(s, threads);
   const int64_t tiles = round_up(std::max<int64_t>(1, ceil_div(rows, fitting)), sharers);
   s.tile_rows = std::max<int64_t>(1, ceil_div(rows, tiles));
