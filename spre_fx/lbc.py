@@ -157,13 +157,19 @@ class CombinationMask(nn.Module):
         if torch.compiler.is_compiling() or self.removed.is_inference():
             return self._hold(version=-1)
         held, version = self._held, self.removed._version
-        if held is None or held.of is not self.removed or held.version != version:
+        if (
+            held is None
+            or held.of is not self.removed
+            or held.version != version
+            or held.mask.dtype != self.scores.dtype
+        ):
             held = self._held = self._hold(version)
         return held
 
     def _hold(self, version: int) -> _Held:
         members = (~self.removed).to(self.members.dtype) @ self.members > 0
-        return _Held(self.removed, version, self.removed.clone(), self._to_weight(members))
+        mask = self._to_weight(members).to(self.scores.dtype)
+        return _Held(self.removed, version, self.removed.clone(), mask)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_held": None}
@@ -195,7 +201,8 @@ class _Held(NamedTuple):
         of: The buffer of removed combinations that this was made of.
         version: That of the buffer's content then, by autograd's count.
         removed: Its content then.
-        mask: B, bool, of the shape of the weight.
+        mask: B, of the shape of the weight and the type of the scores. Each forward hands out the
+            same numbers: making them of bytes takes longer than all else that B takes.
     """
 
     of: Tensor
@@ -209,11 +216,16 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917
-        ctx: Any, scores: Tensor, mask: Tensor, removed: Tensor, members: Tensor, pattern: Pattern
+        ctx: Any,
+        scores: Tensor,  # noqa: ARG004
+        mask: Tensor,
+        removed: Tensor,
+        members: Tensor,
+        pattern: Pattern,
     ) -> Tensor:
         ctx.save_for_backward(removed, members)
         ctx.pattern = pattern
-        return mask.to(scores.dtype)
+        return mask.detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

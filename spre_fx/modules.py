@@ -215,8 +215,10 @@ class _NMConv(NMLayer, _ConvForward):
         """`y`, or `(y, B, live taps)` where a SpRe branch takes the masks up."""
         update = self.signal(update)
         weight, mask = self.masked_weight(update)
+        # Before the conv, while the weight that the mask was made of is in the cache.
+        taps = None if self.live_taps is None else self.live_taps(self.weight, update)
         y = self._masked_forward(input, weight, mask)
-        return y if self.live_taps is None else (y, mask, self.live_taps(self.weight, update))
+        return y if self.live_taps is None else (y, mask, taps)
 
     def extra_repr(self) -> str:
         """That of an N:M layer, and whether it may compute with its kept weights alone."""

@@ -127,13 +127,14 @@ def test_the_table_of_speeds_is_of_the_rows_that_were_measured():
             name: statistics.median(a / b for a, b in zip(times[fastest], ours, strict=True))
             for name, ours in times.items()
         }
-        key = f"{setting['dtype']}, {setting['batch']}, {setting['threads']}"
+        cpu = "AVX-512" if "avx512f" in row["machine"]["flags"] else "AVX2"
+        key = f"{cpu}, {setting['dtype']}, {setting['batch']}, {setting['threads']}"
         measured[key] = (statistics.median(times[fastest]), fastest, ratios)
     (table,) = re.findall(r"^<!-- table: inference -->\n((?:\|.*\n)+)", README, re.M)
     header, _, *rows = (
         [cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()
     )
-    assert len(rows) == 6
+    assert len(rows) >= 6
     for key, fastest, *shown in rows:
         milliseconds, engine_name, ratios = measured[key]
         assert fastest.lower().replace(" ", "").startswith(engine_name)

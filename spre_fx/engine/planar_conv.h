@@ -51,7 +51,7 @@ class Planes {
   int64_t bytes() const { return s_.channels * channel_ * static_cast<int64_t>(sizeof(float)); }
   const int64_t* taps() const { return taps_.data(); }
   int64_t tap_count() const { return static_cast<int64_t>(taps_.size()); }
-  // What a stretch of positions reads of a channel, about.
+  // How much of a channel the outputs at so many positions read, about.
   int64_t window(int64_t positions) const {
     return phases_h_ * phases_w_ * (positions + reach_h_ / s_.stride_h * columns_);
   }
@@ -73,7 +73,7 @@ class Planes {
   }
 
  private:
-  static constexpr int64_t kSlack = 32;
+  static constexpr int64_t kSlack = 16;  // the longest register
 
   // Columns `first`, `first + stride` and so on of a row of the image, or zeros.
   void fill_row(const float* x, int64_t first, float* to) const {
@@ -186,8 +186,7 @@ class PlanarConv {
     }
     planes_.set_size(unit_);
     split_ = std::clamp<int64_t>(s_.split, 1, std::max<int64_t>(1, ceil_div(outputs_, kLanes)));
-    positions_ = flat_ ? unit_ : unit_ * planes_.columns();
-    const int64_t vectors = ceil_div(positions_, kCount);
+    const int64_t vectors = ceil_div(flat_ ? unit_ : unit_ * planes_.columns(), kCount);
     const int64_t most = std::clamp<int64_t>(s_.tile_pixels, 1, kMostVectors);
     stretch_ = ceil_div(vectors, ceil_div(vectors, most));
     const int64_t of_channel = planes_.window(stretch_ * kCount) * sizeof(float);
@@ -351,7 +350,7 @@ class PlanarConv {
   int64_t per_group_;  // entries of an output in a channel group
   RowTiles rows_;
   int64_t pixels_ = 0, unit_ = 0, tiles_ = 0;
-  int64_t split_ = 1, positions_ = 0;
+  int64_t split_ = 1;
   int64_t stretch_ = 1;     // registers of positions that are computed at once
   int64_t together_ = 1;    // channel groups whose windows stay in the cache
   int64_t chunk_ = kLanes;  // outputs whose sums do

@@ -13,6 +13,7 @@ inline constexpr int64_t kPackedBytes = 256 << 10;
 // Registers of pixels that a planar conv computes at once: what its sums leave of 16 is for one
 // weight, and of 32 more would make windows larger than the cache.
 inline constexpr int64_t kPlanarRegisters = 12;
+inline constexpr int64_t kPlanarPixels = 96;  // that are worth a tile of their own
 
 // How many threads the rows of one image are for.
 inline int64_t sharers_of_image(const Step& s, int64_t threads) {
@@ -47,10 +48,13 @@ inline Step with_tile(const Step& step, int64_t threads) {
   const int64_t element = s.type == kFloat32 ? 4 : 2;
   const int64_t row =
       std::max<int64_t>(1, s.width * round_up(s.channels, 16) * s.stride_h * element);
-  const int64_t least = s.planar ? ceil_div(kPlanarRegisters * 8, s.out_width) : 1;
-  const int64_t fitting = std::max(least, (s.planar ? 2 : 1) * kPackedBytes / row);
+  const int64_t fitting = std::max<int64_t>(1, kPackedBytes / row);
   const int64_t sharers = flat ? threads : sharers_of_image(s, threads);
-  const int64_t tiles = round_up(std::max<int64_t>(1, ceil_div(rows, fitting)), sharers);
+  int64_t tiles = round_up(std::max<int64_t>(1, ceil_div(rows, fitting)), sharers);
+  if (s.planar) {  // fewer, which fill registers: only a few of their channels are read at a time
+    const int64_t least = ceil_div(kPlanarPixels, std::max<int64_t>(1, s.out_width));
+    tiles = std::min(tiles, std::max<int64_t>(1, rows / least));
+  }
   s.tile_rows = std::max<int64_t>(1, ceil_div(rows, tiles));
   const int64_t busiest = s.tile_rows * ceil_div(ceil_div(rows, s.tile_rows), sharers) * sharers;
   s.split = threads > 1 && busiest * 10 > rows * 11 ? threads : 1;
