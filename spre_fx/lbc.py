@@ -58,6 +58,7 @@ class LBC(MaskMethod):
     """
 
     most: int = 1000
+    # Nor does B need one there: no combination that remains holds a member that B does not.
     kept_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

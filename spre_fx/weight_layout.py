@@ -129,9 +129,7 @@ def pack(weight: Tensor, groups: int = 1, *, planar: bool = False) -> Tensor:
         types = "float32" if planar else "float32 or bfloat16"
         raise ModelError(f"expected a weight of {types}, found {weight.dtype}.")
     weight = weight.detach()
-    slots, channel_group, halves, _ = _choose(weight)
-    if planar:
-        halves = 1
+    slots, channel_group, halves, _ = _choose(weight, planar)
     rows = _rows(weight, groups, channel_group)
     kept = rows != 0
     part, pairs = channel_group // halves, _pairs(weight.dtype)
@@ -235,8 +233,8 @@ def pack_depthwise(weight: Tensor) -> Tensor:
     return _pad_to(weight.detach().flatten(1), 0, BLOCK).t().contiguous()
 
 
-def _choose(weight: Tensor) -> Layout:
-    """The layout with the fewest slots in all."""
+def _choose(weight: Tensor, planar: bool) -> Layout:
+    """The layout, planar or not, with the fewest slots in all."""
     kept = _pad_to((weight != 0).flatten(2), 1, 32)
     most_8, most_16, most_32 = (
         int(F.pad(kept.unflatten(1, (-1, size)).sum(2).flatten(), (0, 1), value=1).max())
@@ -244,8 +242,8 @@ def _choose(weight: Tensor) -> Layout:
     )
     channels, pairs = weight.shape[1], _pairs(weight.dtype)
     if pairs == 1 and -(-channels // 16) * most_16 <= -(-channels // 32) * most_32:
-        return Layout(most_16, 16, 2 if most_16 == 2 * most_8 else 1)
-    return Layout(-(-most_32 // pairs), 32, 1)
+        return Layout(most_16, 16, 2 if most_16 == 2 * most_8 and not planar else 1, planar)
+    return Layout(-(-most_32 // pairs), 32, 1, planar)
 
 
 def _pairs(dtype: torch.dtype) -> int:

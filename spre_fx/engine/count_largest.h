@@ -151,17 +151,17 @@ class CountLargest {
     const auto size_of = [&](int64_t bin) {
       return sum_of([&](const Part& part) { return part.bins[bin]; });
     };
-    int64_t sample = count(w_), margin = 0;
+    int64_t kept = kept_, margin = 0;
     if (stride > 1) {
-      sample = 0;
+      int64_t sample = 0;
       for (int64_t bin = 0; bin < kBins; ++bin) sample += size_of(bin);
+      kept = static_cast<int64_t>(static_cast<double>(kept_) / count(w_) * sample);
       margin = static_cast<int64_t>(2 * std::sqrt(sample));
     }
-    const auto kept = static_cast<int64_t>(static_cast<double>(kept_) / count(w_) * sample);
     int64_t high = kBins - 1, above = size_of(high);
-    while (high > 0 && above < (stride == 1 ? kept_ : kept - margin)) above += size_of(--high);
+    while (high > 0 && above < kept - margin) above += size_of(--high);
     int64_t low = high;
-    while (low > 0 && above < (stride == 1 ? kept_ : kept + margin)) above += size_of(--low);
+    while (low > 0 && above < kept + margin) above += size_of(--low);
     return {low, high};
   }
 
