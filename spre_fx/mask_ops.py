@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spre_fx import native_masks
+from spre_fx.operators import operator
 from spre_fx.patterns import Pattern
 
 BITS = {
@@ -26,21 +27,29 @@ BITS = {
 }
 
 
-@torch.library.custom_op("spre_fx::nm_mask", mutates_args=())
+def _mask_of(weight: Tensor, *_: int) -> Tensor:
+    return torch.empty_like(weight, dtype=torch.bool)
+
+
+def _mask_of_taps(weight: Tensor, *_: int) -> Tensor:
+    return weight.new_empty(weight.shape[2:], dtype=torch.bool)
+
+
+@operator("nm_mask", fake=_mask_of)
 def nm_mask(weight: Tensor, n: int, m: int) -> Tensor:
     """N:M mask of a weight `(C_out, C_in/groups, *kernel)`, in its memory format."""
     mask = native_masks.nm_mask(weight, n, m)
     return nm_mask_by_torch(weight, n, m) if mask is None else mask
 
 
-@torch.library.custom_op("spre_fx::unstructured_mask", mutates_args=())
+@operator("unstructured_mask", fake=_mask_of)
 def unstructured_mask(weight: Tensor, n: int, m: int) -> Tensor:
     """Unstructured mask B^U of a weight, in its memory format."""
     mask = largest(weight, Pattern(n, m).kept(weight.numel()))
     return torch.empty_like(weight, dtype=torch.bool).copy_(mask)
 
 
-@torch.library.custom_op("spre_fx::live_taps", mutates_args=())
+@operator("live_taps", fake=_mask_of_taps)
 def live_taps(weight: Tensor, n: int, m: int) -> Tensor:
     """The taps of a weight that keep more than N/M of their weights in B^U."""
     count = Pattern(n, m).kept(weight.numel())
@@ -48,17 +57,6 @@ def live_taps(weight: Tensor, n: int, m: int) -> Tensor:
     if kept is None:
         kept = count_per_tap(largest(weight, count))
     return kept * m > n * weight.shape[:2].numel()
-
-
-@nm_mask.register_fake
-@unstructured_mask.register_fake
-def _(weight: Tensor, *_: int) -> Tensor:
-    return torch.empty_like(weight, dtype=torch.bool)
-
-
-@live_taps.register_fake
-def _(weight: Tensor, *_: int) -> Tensor:
-    return weight.new_empty(weight.shape[2:], dtype=torch.bool)
 
 
 def nm_mask_by_torch(weight: Tensor, n: int, m: int) -> Tensor:

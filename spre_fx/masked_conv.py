@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spre_fx import native_conv
-from spre_fx.native_conv import Geometry
+from spre_fx.native_conv import Geometry, Kept
+from spre_fx.operators import operator, register_gradient
 
 
 class Pass(IntFlag):
@@ -127,16 +128,22 @@ def masked_conv2d(
     return y
 
 
-def sparse_passes(mask: Tensor, most_kept: list[int]) -> Pass:
+def sparse_passes(kept: Kept, most_kept: list[int]) -> Pass:
     """Which passes leave out what the mask does."""
-    kept, found = native_conv.count_kept(mask), Pass(0)
+    found = Pass(0)
     for each, most in zip(Pass, most_kept, strict=True):
-        if kept <= most:
+        if kept.count <= most:
             found |= each
     return found
 
 
-@torch.library.custom_op("spre_fx::masked_conv", mutates_args=())
+def _masked_conv_fake(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    _, _, *geometry, _ = others
+    shape = native_conv.output_shape(x, weight, Geometry(*geometry))
+    return x.new_empty(shape).to(memory_format=native_conv.memory_format(x))
+
+
+@operator("masked_conv", fake=_masked_conv_fake)
 def _masked_conv(  # noqa: PLR0917
     x: Tensor,
     weight: Tensor,
@@ -149,12 +156,25 @@ def _masked_conv(  # noqa: PLR0917
     most_kept: list[int],
 ) -> Tensor:
     geometry = Geometry(stride, padding, dilation, groups)
-    if Pass.FORWARD in sparse_passes(mask, most_kept) and (bias is None or bias.dtype == x.dtype):
-        return native_conv.forward(x, weight, mask, bias, geometry)
+    kept = native_conv.kept_by(mask)
+    if Pass.FORWARD in sparse_passes(kept, most_kept) and (bias is None or bias.dtype == x.dtype):
+        return native_conv.forward(x, weight, kept, bias, geometry)
     return _like(F.conv2d(x, weight, bias, *geometry), x)
 
 
-@torch.library.custom_op("spre_fx::masked_conv_backward", mutates_args=())
+def _masked_conv_backward_fake(
+    _gradient: Tensor, x: Tensor, weight: Tensor, *others: Any
+) -> tuple[Tensor, Tensor]:
+    x_gradient, weight_gradient = (
+        torch.empty_like(one, memory_format=native_conv.memory_format(one))
+        if wanted
+        else x.new_empty(0)
+        for one, wanted in zip((x, weight), others[-1], strict=True)
+    )
+    return x_gradient, weight_gradient
+
+
+@operator("masked_conv_backward", fake=_masked_conv_backward_fake)
 def _masked_conv_backward(  # noqa: PLR0917
     gradient: Tensor,
     x: Tensor,
@@ -168,13 +188,14 @@ def _masked_conv_backward(  # noqa: PLR0917
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:
     geometry = Geometry(stride, padding, dilation, groups)
-    sparse = sparse_passes(mask, most_kept)
+    kept = native_conv.kept_by(mask)
+    sparse = sparse_passes(kept, most_kept)
     of_x, of_weight = wanted
     x_gradient, weight_gradient = x.new_empty(0), x.new_empty(0)
     if of_x and Pass.INPUT_GRADIENT in sparse:
-        x_gradient, of_x = native_conv.input_gradient(gradient, x, weight, mask, geometry), False
+        x_gradient, of_x = native_conv.input_gradient(gradient, x, weight, kept, geometry), False
     if of_weight and Pass.WEIGHT_GRADIENT in sparse:
-        weight_gradient = native_conv.weight_gradient(gradient, x, mask, geometry)
+        weight_gradient = native_conv.weight_gradient(gradient, x, kept, geometry)
         of_weight = False
     if of_x or of_weight:
         dense = _dense_backward(gradient, x, weight, geometry, [of_x, of_weight])
@@ -209,24 +230,6 @@ def _dense_backward(
     return found[0], found[1]
 
 
-@_masked_conv.register_fake
-def _(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    _, _, *geometry, _ = others
-    shape = native_conv.output_shape(x, weight, Geometry(*geometry))
-    return x.new_empty(shape).to(memory_format=native_conv.memory_format(x))
-
-
-@_masked_conv_backward.register_fake
-def _(_gradient: Tensor, x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    x_gradient, weight_gradient = (
-        torch.empty_like(one, memory_format=native_conv.memory_format(one))
-        if wanted
-        else x.new_empty(0)
-        for one, wanted in zip((x, weight), others[-1], strict=True)
-    )
-    return x_gradient, weight_gradient
-
-
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     x, weight, mask, _, *ctx.others = inputs
     ctx.save_for_backward(x, weight, mask)
@@ -250,4 +253,4 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return x_gradient, weight_gradient, None, bias, None, None, None, None, None
 
 
-_masked_conv.register_autograd(_backward, setup_context=_keep)
+register_gradient("masked_conv", _backward, _keep)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spre_fx import native_masks
+from spre_fx.operators import operator, register_gradient
 
 
 def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
@@ -57,20 +58,16 @@ def _decayed(gradient: Tensor, weight: Tensor, mask: Tensor, decay: float | Tens
     return torch.where(mask, gradient, gradient + decay * weight)
 
 
-@torch.library.custom_op("spre_fx::mask_weight", mutates_args=())
+@operator("mask_weight", fake=torch.mul)
 def _mask_weight(weight: Tensor, mask: Tensor) -> Tensor:
     masked = native_masks.mask_weight(weight, mask)
     return weight * mask if masked is None else masked
 
 
-@torch.library.custom_op("spre_fx::decay_gradient", mutates_args=())
+@operator("decay_gradient", fake=_decayed)
 def _decay_gradient(gradient: Tensor, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
     decayed = native_masks.decay_gradient(gradient, weight, mask, decay)
     return _decayed(gradient, weight, mask, decay) if decayed is None else decayed
-
-
-_mask_weight.register_fake(torch.mul)
-_decay_gradient.register_fake(_decayed)
 
 
 def _save_mask(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
@@ -82,4 +79,4 @@ def _mask_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     return masked_weight(gradient, mask), None
 
 
-_mask_weight.register_autograd(_mask_gradient, setup_context=_save_mask)
+register_gradient("mask_weight", _mask_gradient, _save_mask)

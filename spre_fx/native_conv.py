@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,19 @@ class Geometry(NamedTuple):
     padding: list[int]
     dilation: list[int]
     groups: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The weights that a mask keeps.
+
+    Attributes:
+        mask: Bool, `(C_out, C_in/groups, kH, kW)`, in a layout that kernels read.
+        count: How many there are.
+    """
+
+    mask: Tensor
+    count: int
 
 
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = 0, 1, 2  # as training.h numbers them
@@ -63,7 +77,7 @@ def output_shape(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, ..
 
 
 def forward(
-    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, geometry: Geometry
+    x: Tensor, weight: Tensor, kept: Kept, bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
     """conv2d(x; mask * weight) + bias, in the memory format of x."""
     layout = memory_format(x)
@@ -71,7 +85,7 @@ def forward(
     _run(
         FORWARD,
         x,
-        mask,
+        kept,
         geometry,
         y,
         x=x.contiguous(memory_format=layout),
@@ -82,60 +96,58 @@ def forward(
 
 
 def input_gradient(
-    gradient: Tensor, x: Tensor, weight: Tensor, mask: Tensor, geometry: Geometry
+    gradient: Tensor, x: Tensor, weight: Tensor, kept: Kept, geometry: Geometry
 ) -> Tensor:
     """The gradient of x where that of `conv2d(x; mask * weight)` is `gradient`."""
     layout = memory_format(x)
     result = torch.empty_like(x, memory_format=layout)
     gradient = gradient.contiguous(memory_format=layout)
-    _run(INPUT_GRADIENT, x, mask, geometry, result, y_gradient=gradient, weight=weight)
+    _run(INPUT_GRADIENT, x, kept, geometry, result, y_gradient=gradient, weight=weight)
     return result
 
 
-def weight_gradient(gradient: Tensor, x: Tensor, mask: Tensor, geometry: Geometry) -> Tensor:
+def weight_gradient(gradient: Tensor, x: Tensor, kept: Kept, geometry: Geometry) -> Tensor:
     """The gradient of the weight where the mask is set, and 0 elsewhere."""
     layout = memory_format(x)
-    result = torch.empty_like(mask, dtype=x.dtype, memory_format=memory_format(mask))
+    result = torch.empty_like(kept.mask, dtype=x.dtype)
     gradient, x = (one.contiguous(memory_format=layout) for one in (gradient, x))
-    _run(WEIGHT_GRADIENT, x, mask, geometry, result, x=x, y_gradient=gradient)
+    _run(WEIGHT_GRADIENT, x, kept, geometry, result, x=x, y_gradient=gradient)
     return result
 
 
-def count_kept(mask: Tensor) -> int:
-    """How many weights a mask keeps."""
+def kept_by(mask: Tensor) -> Kept:
+    """What a mask keeps, of any strides."""
     engine = load()
     assert engine is not None
     mask = mask.contiguous(memory_format=memory_format(mask))
-    return engine.count_kept(mask.data_ptr(), mask.numel())
+    return Kept(mask, engine.count_kept(mask.data_ptr(), mask.numel()))
 
 
 def _run(
     which: int,
     input: Tensor,
-    mask: Tensor,
+    kept: Kept,
     geometry: Geometry,
     result: Tensor,
     **operands: Tensor | None,
 ) -> None:
-    engine, of_weight = load(), memory_format(mask)
+    engine, weight = load(), operands.get("weight")
     assert engine is not None
-    mask = mask.contiguous(memory_format=of_weight)
-    weight = operands.get("weight")
     if weight is not None:
-        operands["weight"] = weight.contiguous(memory_format=of_weight)
-    conv = describe(input, mask, geometry)
+        operands["weight"] = weight.contiguous(memory_format=memory_format(kept.mask))
+    conv = describe(input, kept.mask, geometry)
     threads = torch.get_num_threads()
-    kept = count_kept(mask)
     scratch = torch.empty(
-        engine.masked_conv_scratch(conv, which, kept, threads) + _ALIGNMENT, dtype=torch.uint8
+        engine.masked_conv_scratch(conv, which, kept.count, threads) + _ALIGNMENT,
+        dtype=torch.uint8,
     )
     aligned = -(-scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT
     addresses = {name: each.data_ptr() for name, each in operands.items() if each is not None}
     engine.masked_conv(
         conv,
         which,
-        kept,
-        mask=mask.data_ptr(),
+        kept.count,
+        mask=kept.mask.data_ptr(),
         result=result.data_ptr(),
         scratch=aligned,
         threads=threads,

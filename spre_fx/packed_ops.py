@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from spre_fx.engine import Activation, Engine, Kind, Program, Step, Type, load, program
 from spre_fx.errors import ModelError
 from spre_fx.liveness import ALIGNMENT
+from spre_fx.operators import operator, register_gradient
 from spre_fx.weight_layout import (
     Layout,
     layout,
@@ -366,7 +367,6 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return (refused, *(None,) * ctx.others)
 
 
-_LIBRARY = torch.library.Library("spre_fx", "FRAGMENT")
 _OPERANDS = "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, "
 _OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor]]] = {
     "packed_conv2d": (
@@ -387,10 +387,6 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor]]] 
     ),
 }
 for _name, (_schema, _function, _fake_function) in _OPERATORS.items():
-    _LIBRARY.define(_name + _schema)
-    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"spre_fx::{_name}", _fake_function, lib=_LIBRARY)
+    operator(_name, fake=_fake_function, schema=_schema)(_function)
 for _name in ("packed_conv2d", "packed_linear"):
-    torch.library.register_autograd(
-        f"spre_fx::{_name}", _backward, setup_context=_setup_context, lib=_LIBRARY
-    )
+    register_gradient(_name, _backward, _setup_context)

@@ -19,7 +19,7 @@ import spre_fx
 from spre_fx import SRSTE, CubicRamp, OptionError, Pattern, SpRe, engine
 from spre_fx.masked_conv import Pass, SparseCompute, sparse_passes
 from spre_fx.modules import NMConv2d, SpReConv2d
-from spre_fx.native_conv import Geometry
+from spre_fx.native_conv import Geometry, kept_by
 from spre_fx.passes import ComputeSparsely, Policy, trace, training_pipeline
 
 needs_engine = pytest.mark.skipif(engine.load() is None, reason="needs the engine")
@@ -86,10 +86,10 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.spre_fx.masked_conv.default:
-            self.count["forward"] += Pass.FORWARD in sparse_passes(args[2], args[-1])
+            self.count["forward"] += Pass.FORWARD in sparse_passes(kept_by(args[2]), args[-1])
         if func is torch.ops.spre_fx.masked_conv_backward.default:
             most_kept, (of_x, of_weight) = args[-2:]
-            sparse = sparse_passes(args[3], most_kept)
+            sparse = sparse_passes(kept_by(args[3]), most_kept)
             self.count["input"] += of_x and Pass.INPUT_GRADIENT in sparse
             self.count["weight"] += of_weight and Pass.WEIGHT_GRADIENT in sparse
         return func(*args, **(kwargs or {}))

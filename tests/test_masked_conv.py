@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from spre_fx import engine
 from spre_fx.engine import library
 from spre_fx.masked_conv import Pass, SparseCompute, masked_conv2d, sparse_passes
-from spre_fx.native_conv import Geometry
+from spre_fx.native_conv import Geometry, kept_by
 
 EVERY = Pass.FORWARD | Pass.INPUT_GRADIENT | Pass.WEIGHT_GRADIENT
 COMBINATIONS = [Pass(number) for number in range(int(EVERY) + 1)]
@@ -282,10 +282,11 @@ def test_a_mask_that_keeps_too_much_for_a_pass_makes_it_dense() -> None:
         for which, each in enumerate(Pass):
             limits = [-1, -1, -1]
             limits[which] = limit
-            assert sparse_passes(mask, limits) == (each if limit == 20 else Pass(0))
+            assert sparse_passes(kept_by(mask), limits) == (each if limit == 20 else Pass(0))
     for shuffled in (laid_out(mask, kind) for kind in LAYOUTS):
-        assert sparse_passes(shuffled, [20, 19, 20]) == Pass.FORWARD | Pass.WEIGHT_GRADIENT
-    assert sparse_passes(torch.zeros_like(mask), [0, -1, 0]) == Pass.FORWARD | Pass.WEIGHT_GRADIENT
+        assert sparse_passes(kept_by(shuffled), [20, 19, 20]) == Pass.FORWARD | Pass.WEIGHT_GRADIENT
+    none = kept_by(torch.zeros_like(mask))
+    assert sparse_passes(none, [0, -1, 0]) == Pass.FORWARD | Pass.WEIGHT_GRADIENT
 
 
 @pytest.mark.parametrize("shape", [(32, 60, 14, 14), (32, 64, 2, 14), (32, 64, 2, 2)], ids=str)

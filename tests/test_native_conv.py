@@ -36,11 +36,12 @@ def convs(draw: st.DrawFn) -> MaskedConv:
 
 def passes(conv: MaskedConv) -> tuple[Tensor, Tensor, Tensor]:
     """Output, gradient of x, gradient of the weight."""
-    operands = conv.x, conv.weight, conv.mask
+    kept = native_conv.kept_by(conv.mask)
+    operands = conv.x, conv.weight, kept
     return (
         native_conv.forward(*operands, conv.bias, conv.geometry),
         native_conv.input_gradient(conv.y_gradient, *operands, conv.geometry),
-        native_conv.weight_gradient(conv.y_gradient, conv.x, conv.mask, conv.geometry),
+        native_conv.weight_gradient(conv.y_gradient, conv.x, kept, conv.geometry),
     )
 
 
@@ -121,7 +122,8 @@ def test_images_that_share_a_vector_do_not_meet() -> None:
     conv = draw_conv(Random(1), torch.float32)
     x = torch.randn(11, *conv.x.shape[1:])
     x[3] = float("nan")
-    y = native_conv.forward(x, conv.weight, torch.ones_like(conv.mask), None, conv.geometry)
+    every = native_conv.kept_by(torch.ones_like(conv.mask))
+    y = native_conv.forward(x, conv.weight, every, None, conv.geometry)
     broken = y.isnan().flatten(1).any(1)
     assert broken.tolist() == [image == 3 for image in range(11)]
 

@@ -1,0 +1,50 @@
+"""How operators written in Python are made known to torch.
+
+`torch.library.custom_op` does the same with more of its own Python around each call. A training
+step calls hundreds of these, each when the caches hold the data of a conv, so that all Python costs
+several times what it does in a loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("spre_fx", "FRAGMENT")
+
+Operator = Callable[..., Any]
+
+
+def operator(
+    name: str, *, fake: Callable[..., Any], schema: str | None = None
+) -> Callable[[Callable[..., Any]], Operator]:
+    """Decorator: make a function the operator `torch.ops.spre_fx.<name>` of all devices.
+
+    The function changes none of its arguments, and returns none of them and no view of one.
+
+    Args:
+        name: Of the operator.
+        fake: Makes empty results of the shapes, types and memory formats of the function's.
+        schema: `(arguments) -> results`, if not what the function's annotations say.
+    """
+
+    def register(function: Callable[..., Any]) -> Operator:
+        inferred = schema or torch.library.infer_schema(function, mutates_args=())
+        _LIBRARY.define(name + inferred, tags=torch.Tag.pt2_compliant_tag)
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"spre_fx::{name}", fake, lib=_LIBRARY)
+        found: Operator = getattr(torch.ops.spre_fx, name).default
+        return found
+
+    return register
+
+
+def register_gradient(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> None:
+    """Give an operator a gradient, as `torch.library.register_autograd` does."""
+    torch.library.register_autograd(
+        f"spre_fx::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+    )
