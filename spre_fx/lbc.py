@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from spre_fx import masks
 from spre_fx.errors import OptionError
 from spre_fx.methods import MaskMethod
+from spre_fx.operators import operator
 from spre_fx.patterns import Pattern
 from spre_fx.scheduled_mask import may_be_true
 from spre_fx.schedules import CubicRamp, Schedule
@@ -143,10 +144,10 @@ class CombinationMask(nn.Module):
             left: What `LBC.signal` says, in the graph of a model. None: the best combinations.
         """
         if left is None or not self.training:
-            return self._to_weight(self.members[self._ranking()[..., 0]])
+            best = _ranking(self.scores.detach(), self.removed)[..., 0]
+            return self._to_weight(self.members[best])
         if may_be_true(left >= 0):
-            removed = self._inverse_ranking() >= self._card(left)
-            self.removed.logical_or_(removed & (left >= 0))
+            self.removed.logical_or_(_surplus(self.scores.detach(), self.removed, left))
         held = self._remaining()
         mask: Tensor = _StraightThrough.apply(
             self.scores, held.mask, held.removed, self.members, self.pattern
@@ -175,24 +176,30 @@ class CombinationMask(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_held": None}
 
-    def _card(self, left: Tensor) -> Tensor:
-        """Combinations left in each group at this share of them."""
-        return 1 + ((self.scores.shape[-1] - 1) * left).ceil().to(torch.int64)
-
-    def _ranking(self) -> Tensor:
-        """Combinations of each group from the highest score down, the removed ones last."""
-        scores = self.scores.detach().masked_fill(self.removed, -torch.inf)
-        return scores.argsort(dim=-1, descending=True, stable=True)
-
-    def _inverse_ranking(self) -> Tensor:
-        """The place of each combination in that ranking."""
-        return self._ranking().argsort(-1)
-
     def _to_weight(self, groups: Tensor) -> Tensor:
         """`(C_out, groups, *kernel, M)` -> `(C_out, C_in/groups, *kernel)`."""
         rows = groups.movedim(-1, 2).flatten(1, 2)[:, : self.channels]
         weight = masks.ungroup_rows(rows, self.weight_shape, self.pattern)
         return weight.clone()  # FSDP warns of modules that return views
+
+
+def _ranking(scores: Tensor, removed: Tensor) -> Tensor:
+    """Combinations of each group from the highest score down, the removed ones last."""
+    return scores.masked_fill(removed, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+
+
+def _surplus_fake(_scores: Tensor, removed: Tensor, _left: Tensor) -> Tensor:
+    return torch.empty_like(removed)
+
+
+@operator("surplus_combinations", fake=_surplus_fake)
+def _surplus(scores: Tensor, removed: Tensor, left: Tensor) -> Tensor:
+    """The combinations to be removed; as an operator, ranked in compiled steps only if any are."""
+    if not may_be_true(left >= 0):
+        return torch.zeros_like(removed)
+    card = 1 + ((scores.shape[-1] - 1) * left).ceil().to(torch.int64)
+    place = _ranking(scores, removed).argsort(-1)
+    return (place >= card) & (left >= 0)
 
 
 class _Held(NamedTuple):

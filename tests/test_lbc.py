@@ -185,6 +185,14 @@ def test_it_compiles_whole_and_once():
         torch.testing.assert_close(prepared.state_dict()[key], value)
 
 
+@pytest.mark.parametrize("left", [-1.0, 0.5])
+def test_the_surplus_keeps_the_rules_of_operators(left):
+    scores, removed = torch.rand(3, 2, 6), torch.rand(3, 2, 6) < 0.3
+    operands = (scores, removed, torch.tensor(left))
+    torch.library.opcheck(torch.ops.spre_fx.surplus_combinations.default, operands)
+    assert (left > 0) == torch.ops.spre_fx.surplus_combinations(*operands).any()
+
+
 def test_too_many_combinations_are_refused_with_their_number():
     with pytest.raises(spre_fx.OptionError, match=r"^LBC: 8:16 has 12,870 combinations of 8 out"):
         spre_fx.prepare(small_net(), "8:16", method="lbc", schedule=RAMP)
