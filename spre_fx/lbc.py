@@ -147,7 +147,7 @@ class CombinationMask(nn.Module):
             best = _ranking(self.scores.detach(), self.removed)[..., 0]
             return self._to_weight(self.members[best])
         if may_be_true(left >= 0):
-            self.removed.logical_or_(_surplus(self.scores.detach(), self.removed, left))
+            _remove(self.removed, self.scores.detach(), left)
         held = self._remaining()
         mask: Tensor = _StraightThrough.apply(
             self.scores, held.mask, held.removed, self.members, self.pattern
@@ -169,8 +169,8 @@ class CombinationMask(nn.Module):
         return held
 
     def _hold(self, version: int) -> _Held:
-        members = (~self.removed).to(self.members.dtype) @ self.members > 0
-        mask = self._to_weight(members).to(self.scores.dtype)
+        members = _held_members(self.removed, self.members.to(self.scores.dtype))
+        mask = self._to_weight(members)
         return _Held(self.removed, version, self.removed.clone(), mask)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -188,18 +188,34 @@ def _ranking(scores: Tensor, removed: Tensor) -> Tensor:
     return scores.masked_fill(removed, -torch.inf).argsort(dim=-1, descending=True, stable=True)
 
 
-def _surplus_fake(_scores: Tensor, removed: Tensor, _left: Tensor) -> Tensor:
-    return torch.empty_like(removed)
+def _nothing(*_: Tensor) -> None:
+    return None
 
 
-@operator("surplus_combinations", fake=_surplus_fake)
-def _surplus(scores: Tensor, removed: Tensor, left: Tensor) -> Tensor:
-    """The combinations to be removed; as an operator, ranked in compiled steps only if any are."""
-    if not may_be_true(left >= 0):
-        return torch.zeros_like(removed)
-    card = 1 + ((scores.shape[-1] - 1) * left).ceil().to(torch.int64)
-    place = _ranking(scores, removed).argsort(-1)
-    return (place >= card) & (left >= 0)
+@operator("remove_combinations", fake=_nothing, changes=("removed",))
+def _remove(removed: Tensor, scores: Tensor, left: Tensor) -> None:
+    """Remove all but a share of the combinations, if that is not negative.
+
+    An operator, so that compiled steps rank combinations only if any are to be removed.
+    """
+    if may_be_true(left >= 0):
+        card = 1 + ((scores.shape[-1] - 1) * left).ceil().to(torch.int64)
+        place = _ranking(scores, removed).argsort(-1)
+        removed.logical_or_((place >= card) & (left >= 0))
+
+
+def _held_fake(removed: Tensor, members: Tensor) -> Tensor:
+    return members.new_empty(*removed.shape[:-1], members.shape[1])
+
+
+@operator("held_members", fake=_held_fake)
+def _held_members(removed: Tensor, members: Tensor) -> Tensor:
+    """Which members the remaining combinations hold, `(C_out, groups, *kernel, M)`, 0 or 1.
+
+    An operator, because compilers for CPUs turn bools into numbers one by one.
+    """
+    held = (~removed).to(members.dtype) @ members
+    return torch.gt(held, 0, out=held)
 
 
 class _Held(NamedTuple):

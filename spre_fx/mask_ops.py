@@ -9,6 +9,7 @@ waits for the device.
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spre_fx import native_masks
-from spre_fx.operators import operator
+from spre_fx.operators import operator, register_gradient
 from spre_fx.patterns import Pattern
 
 BITS = {
@@ -29,6 +30,10 @@ BITS = {
 
 def _mask_of(weight: Tensor, *_: int) -> Tensor:
     return torch.empty_like(weight, dtype=torch.bool)
+
+
+def _like_mask(mask: Tensor, _: Tensor) -> Tensor:
+    return torch.empty_like(mask)
 
 
 def _mask_of_taps(weight: Tensor, *_: int) -> Tensor:
@@ -57,6 +62,28 @@ def live_taps(weight: Tensor, n: int, m: int) -> Tensor:
     if kept is None:
         kept = count_per_tap(largest(weight, count))
     return kept * m > n * weight.shape[:2].numel()
+
+
+@operator("spre_mask", fake=_like_mask)
+def spre_mask(nm: Tensor, live: Tensor) -> Tensor:
+    """N:M mask `(C_out, C_in/groups, *kernel)`, of numbers or bool, times live taps `kernel`.
+
+    Live taps in the shape of a filter: the product then runs along whole filters, not along one
+    kernel after the other, which takes 15 times as long.
+    """
+    return nm * torch.empty_like(nm[:1]).copy_(live)
+
+
+def _keep_taps(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(inputs[1])
+
+
+def _spre_mask_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    (live,) = ctx.saved_tensors
+    return spre_mask(gradient, live), None
+
+
+register_gradient("spre_mask", _spre_mask_gradient, _keep_taps)
 
 
 def nm_mask_by_torch(weight: Tensor, n: int, m: int) -> Tensor:

@@ -118,7 +118,7 @@ def masked_conv2d(
     Args:
         x: `(batch, C_in, H, W)`.
         weight: B * W, `(C_out, C_in/groups, kH, kW)`.
-        mask: B, bool, of the same shape.
+        mask: B, bool or numbers, of the same shape.
         bias: `(C_out,)` or None.
         geometry: Stride, padding, dilation and groups.
         most_kept: For each `Pass`, up to how many weights the mask may keep for the pass to leave

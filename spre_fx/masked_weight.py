@@ -1,7 +1,7 @@
 """B * W and its gradients, on a CPU in one pass over the weight each way.
 
-The operators are for eager mode. What they compute is elementwise, and `torch.compile` joins such
-operations with their surroundings where it sees them.
+`torch.compile` does not see into these operators: the code that it makes of bool masks for a CPU
+takes several times as long as a pass over them of their own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
         weight: W, `(C_out, C_in/groups, *kernel)`.
         mask: B, of the same shape. If it is not bool, as that of LBC, it has a gradient too.
     """
-    if _for_operators(weight) and mask.dtype == torch.bool:
+    if weight.is_cpu and mask.dtype == torch.bool:
         masked: Tensor = _mask_weight(weight, mask)
         return masked
     return weight * mask
@@ -45,13 +45,10 @@ class StraightThroughDecay(torch.autograd.Function):
         weight, mask, *scaled = ctx.saved_tensors
         (gradient,) = gradients
         # With create_graph=True autograd has to see what is computed.
-        if _for_operators(weight) and not scaled and not torch.is_grad_enabled():
+        seen = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if weight.is_cpu and not scaled and not seen:
             return _decay_gradient(gradient, weight, mask, ctx.decay), None, None
         return _decayed(gradient, weight, mask, scaled[0] if scaled else ctx.decay), None, None
-
-
-def _for_operators(weight: Tensor) -> bool:
-    return weight.is_cpu and not torch.compiler.is_compiling()
 
 
 def _decayed(gradient: Tensor, weight: Tensor, mask: Tensor, decay: float | Tensor) -> Tensor:

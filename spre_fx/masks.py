@@ -97,9 +97,8 @@ def spre_mask(nm: Tensor, live: Tensor) -> Tensor:
     if has_torch_function((nm, live)):  # torch.fx traces it as one node
         mask: Tensor = handle_torch_function(spre_mask, (nm, live), nm, live)
         return mask
-    # Live taps in the shape of a filter: the product then runs along whole filters, not along one
-    # kernel after the other, which takes 15 times as long.
-    return nm * torch.empty_like(nm[:1]).copy_(live)
+    spre: Tensor = mask_ops.spre_mask(nm, live)
+    return spre
 
 
 def spatial_sparsity(mask: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from spre_fx.errors import ModelError
 from spre_fx.masked_conv import SparseCompute, masked_conv2d
 from spre_fx.masked_weight import masked_weight
 from spre_fx.methods import MaskMethod
+from spre_fx.operators import operator
 from spre_fx.patterns import Pattern
 from spre_fx.scheduled_mask import ScheduledMask
 from spre_fx.schedules import Schedule
@@ -71,7 +72,7 @@ class MaskSchedule(nn.Module):
 
     def forward(self) -> Tensor:
         """A tensor of shape (): whether this is an update step. Never in evaluation."""
-        update = self._signal()
+        update: Tensor = _signal_of_step(self._signal())
         if self.due is not None:
             self.due.copy_(update)
         return update
@@ -109,6 +110,12 @@ _STRAY_RANK = (  # at most 254 characters, for an assertion on CUDA
     "0. Load the checkpoint on every rank before DistributedDataParallel, which broadcasts no "
     "masks, and run no training forward on one rank alone"
 )
+
+
+@operator("signal_of_step", fake=torch.empty_like)
+def _signal_of_step(update: Tensor) -> Tensor:
+    """The same. Compilers would work out the schedule again for each weight if they saw it."""
+    return update.clone()
 
 
 def inside_backward() -> bool:
@@ -204,8 +211,7 @@ class _ConvForward:
         if self.sparse is not None:
             most_kept = self.sparse.most_kept(input, weight)
             if most_kept is not None:
-                kept = mask if mask.dtype == torch.bool else mask.detach() != 0
-                operands = (input, weight, kept, self.bias)
+                operands = (input, weight, mask.detach(), self.bias)
                 return masked_conv2d(*operands, geometry=self.sparse.geometry, most_kept=most_kept)
         return self._conv_forward(input, weight, self.bias)
 

@@ -116,9 +116,11 @@ def weight_gradient(gradient: Tensor, x: Tensor, kept: Kept, geometry: Geometry)
 
 
 def kept_by(mask: Tensor) -> Kept:
-    """What a mask keeps, of any strides."""
+    """What a mask of bools or numbers keeps, of any strides."""
     engine = load()
     assert engine is not None
+    if mask.dtype != torch.bool:
+        mask = mask != 0
     mask = mask.contiguous(memory_format=memory_format(mask))
     return Kept(mask, engine.count_kept(mask.data_ptr(), mask.numel()))
 

@@ -7,7 +7,7 @@ several times what it does in a loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,20 +18,25 @@ Operator = Callable[..., Any]
 
 
 def operator(
-    name: str, *, fake: Callable[..., Any], schema: str | None = None
+    name: str,
+    *,
+    fake: Callable[..., Any],
+    schema: str | None = None,
+    changes: Sequence[str] = (),
 ) -> Callable[[Callable[..., Any]], Operator]:
     """Decorator: make a function the operator `torch.ops.spre_fx.<name>` of all devices.
 
-    The function changes none of its arguments, and returns none of them and no view of one.
+    The function returns none of its arguments and no view of one.
 
     Args:
         name: Of the operator.
         fake: Makes empty results of the shapes, types and memory formats of the function's.
         schema: `(arguments) -> results`, if not what the function's annotations say.
+        changes: The arguments that it changes.
     """
 
     def register(function: Callable[..., Any]) -> Operator:
-        inferred = schema or torch.library.infer_schema(function, mutates_args=())
+        inferred = schema or torch.library.infer_schema(function, mutates_args=changes)
         _LIBRARY.define(name + inferred, tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"spre_fx::{name}", fake, lib=_LIBRARY)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spre_fx import masks
+from spre_fx.operators import operator
 from spre_fx.patterns import Pattern
 
 
@@ -52,7 +53,8 @@ class ScheduledMask(nn.Module):
         if update is None:
             return self.mask
         if self.training and may_be_true(update):
-            self.mask.copy_(torch.where(update, self.compute(weight, self.pattern), self.mask))
+            updated: Tensor = _update(self.mask, self.compute(weight, self.pattern), update)
+            return updated
         # The next update writes into the buffer while autograd may still hold what is returned.
         return self.mask.clone()
 
@@ -61,6 +63,19 @@ class ScheduledMask(nn.Module):
         nearly_zero = torch.finfo(weight.dtype).tiny
         kept = torch.where(mask, weight.masked_fill(weight == 0, nearly_zero), 0.0)
         return masks.nm_mask(kept, self.pattern) & mask
+
+
+def _like_mask(mask: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_like(mask)
+
+
+@operator("update_mask", fake=_like_mask, changes=("mask",))
+def _update(mask: Tensor, new: Tensor, update: Tensor) -> Tensor:
+    """Make a mask a new one if `update`, of shape (), is True; what it then is, as a new tensor.
+
+    An operator, because compilers for CPUs copy bools one by one.
+    """
+    return mask.copy_(torch.where(update, new, mask)).clone()
 
 
 def may_be_true(update: Tensor) -> bool:

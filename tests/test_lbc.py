@@ -186,11 +186,15 @@ def test_it_compiles_whole_and_once():
 
 
 @pytest.mark.parametrize("left", [-1.0, 0.5])
-def test_the_surplus_keeps_the_rules_of_operators(left):
-    scores, removed = torch.rand(3, 2, 6), torch.rand(3, 2, 6) < 0.3
-    operands = (scores, removed, torch.tensor(left))
-    torch.library.opcheck(torch.ops.spre_fx.surplus_combinations.default, operands)
-    assert (left > 0) == torch.ops.spre_fx.surplus_combinations(*operands).any()
+def test_its_operators_keep_the_rules(left):
+    operators = torch.ops.spre_fx
+    removed, scores = torch.rand(3, 2, 6) < 0.3, torch.rand(3, 2, 6)
+    operands = (removed, scores, torch.tensor(left))
+    torch.library.opcheck(operators.remove_combinations.default, operands)
+    torch.library.opcheck(operators.held_members.default, (removed, torch.rand(6, 4).round()))
+    before = removed.clone()
+    operators.remove_combinations(*operands)
+    assert (left > 0) == bool((removed > before).any())
 
 
 def test_too_many_combinations_are_refused_with_their_number():

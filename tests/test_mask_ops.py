@@ -22,6 +22,27 @@ def test_operators_keep_the_rules_of_torch_library(op: str, shape: tuple[int, ..
     torch.library.opcheck(operator, (torch.randn(shape), 2, 4))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck
+@pytest.mark.parametrize("numbers", [False, True])
+def test_the_spre_mask_keeps_them_too(numbers: bool) -> None:
+    nm, live = torch.rand(4, 6, 3, 3), torch.rand(3, 3) < 0.5
+    mask = nm.requires_grad_() if numbers else nm < 0.5
+    torch.library.opcheck(torch.ops.spre_fx.spre_mask.default, (mask, live))
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_updates_change_the_mask_and_return_another_tensor(update: bool) -> None:
+    operator = torch.ops.spre_fx.update_mask.default
+    mask, new = torch.rand(2, 4, 6, 3, 3) < 0.5
+    torch.library.opcheck(operator, (mask, new, torch.tensor(update)))
+    before, version = mask.clone(), mask._version
+    found = operator(mask, new, torch.tensor(update))
+    assert torch.equal(mask, new if update else before)
+    assert torch.equal(found, mask)
+    assert found.data_ptr() != mask.data_ptr()
+    assert mask._version > version
+
+
 @many
 @given(weights())
 def test_selection_without_a_host_sync_is_the_same(drawn: tuple[Tensor, Pattern]) -> None:

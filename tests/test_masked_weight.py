@@ -79,13 +79,9 @@ def test_operators_keep_the_rules_of_torch_library() -> None:
     torch.library.opcheck(torch.ops.spre_fx.decay_gradient.default, arguments)
 
 
-def test_a_compiler_sees_what_is_computed() -> None:
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_it_compiles(backend: str) -> None:
     torch._dynamo.reset()
-    calls: list[set[object]] = []
-
-    def backend(module: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
-        calls.append({node.target for node in module.graph.nodes})
-        return module
 
     def loss(weight: Tensor, mask: Tensor) -> Tensor:
         straight: Tensor = StraightThroughDecay.apply(weight, mask, 0.3)
@@ -95,4 +91,3 @@ def test_a_compiler_sees_what_is_computed() -> None:
     compiled = torch.compile(loss, backend=backend, fullgraph=True)
     gradients = [torch.autograd.grad(run(weight, mask), weight)[0] for run in (compiled, loss)]
     torch.testing.assert_close(*gradients)
-    assert not any("spre_fx" in str(target) for target in set.union(*calls))
