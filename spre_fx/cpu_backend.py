@@ -19,6 +19,7 @@ from spre_fx.patterns import Pattern
 
 _BFLOAT16 = "avx512_bf16"  # the instruction set that the engine needs for it
 _WITH_LONG_PERMUTES = ("avx512_bf16", "avx512")  # of 16 lanes
+_WITH_SHUFFLES = "avx2"  # of bytes, which are faster than its permutes
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,11 @@ class CPUBackend:
         if layer.weight.dtype == torch.bfloat16 and (loaded is None or loaded.isa != _BFLOAT16):
             return "this CPU has no instructions for bfloat16 that the engine uses"
         why = f"computes the {pattern} non-zeros only"
+        shuffles = loaded is not None and loaded.isa == _WITH_SHUFFLES
         if isinstance(layer, nn.Linear):
-            return [Lowered(PackedLinear.from_dense(layer), "cpu", why)]
+            return [Lowered(PackedLinear.from_dense(layer, quartered=shuffles), "cpu", why)]
         assert isinstance(layer, nn.Conv2d)
-        ways = [Lowered(PackedConv2d.from_dense(layer), "cpu", why)]
+        ways = [Lowered(PackedConv2d.from_dense(layer, quartered=shuffles), "cpu", why)]
         if layer.weight.dtype == torch.float32:
             ways.append(Lowered(PackedConv2d.from_dense(layer, planar=True), "cpu", why))
         return ways
@@ -57,11 +59,16 @@ class CPUBackend:
         candidates: Sequence[Lowered],
         input_shape: tuple[int, ...] | None,  # noqa: ARG002
     ) -> Lowered:
-        """Packed where `predicted_ratio` says it is faster; planar where permutes are slow."""
+        """Packed where `predicted_ratio` says it is faster; planar where permutes are slow.
+
+        Not where shuffles of bytes do: they are faster than either.
+        """
         ratio = predicted_ratio(layer, pattern)
         loaded = engine.load()
         permutes = loaded is not None and loaded.isa in _WITH_LONG_PERMUTES
-        packed = candidates[0 if permutes else -1]
+        first = candidates[0].module
+        assert isinstance(first, PackedConv2d | PackedLinear)
+        packed = candidates[0 if permutes or first.layout.quartered else -1]
         if ratio > 1:
             why = f"{packed.why}: expected to be {ratio:.1f} times as fast as dense"
             return Lowered(packed.module, packed.kind, why)

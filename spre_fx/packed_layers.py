@@ -76,12 +76,13 @@ class _Packed(nn.Module):
         groups: int,
         activation: str | None,
         planar: bool = False,
+        quartered: bool = False,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             names = ", ".join(str(name) for name in ACTIVATIONS)
             raise OptionError(f"expected an activation of {names}, found {activation!r}.")
-        self.register_buffer("packed", pack(weight, groups, planar=planar))
+        self.register_buffer("packed", pack(weight, groups, planar=planar, quartered=quartered))
         self.register_buffer("bias", pack_bias(bias, groups))
         self.out_channels = weight.shape[0]
         self.in_channels = weight.shape[1] * groups
@@ -129,6 +130,7 @@ class _Packed(nn.Module):
         parts = [f"{self.in_channels}, {self.out_channels}", *self._options()]
         parts += [f"slots={self.slots}", f"dtype={str(self.dtype).removeprefix('torch.')}"]
         parts += ["planar=True"] * self.layout.planar
+        parts += ["quartered=True"] * self.layout.quartered
         parts += ["bias=False"] * (self.bias is None)
         parts += [f"activation={self.activation!r}"] * (self.activation is not None)
         return ", ".join(parts)
@@ -170,6 +172,8 @@ class PackedConv2d(_Packed):
         activation: "relu", "relu6", "silu", "hardswish" or None.
         planar: Whether the weight is packed for kernels that take neighbouring pixels together,
             rather than outputs; of float32.
+        quartered: Whether it is packed for kernels that shuffle bytes, where its non-zeros allow
+            it.
 
     Raises:
         ModelError: If the weight is of another type.
@@ -187,14 +191,24 @@ class PackedConv2d(_Packed):
         groups: int = 1,
         activation: str | None = None,
         planar: bool = False,
+        quartered: bool = False,
     ) -> None:
-        super().__init__(weight, bias, groups=groups, activation=activation, planar=planar)
+        super().__init__(
+            weight,
+            bias,
+            groups=groups,
+            activation=activation,
+            planar=planar,
+            quartered=quartered,
+        )
         self.stride = stride
         self.padding = padding
         self.dilation = dilation
 
     @classmethod
-    def from_dense(cls, conv: nn.Conv2d, *, planar: bool = False) -> PackedConv2d:
+    def from_dense(
+        cls, conv: nn.Conv2d, *, planar: bool = False, quartered: bool = False
+    ) -> PackedConv2d:
         """Pack a convolution, which is left as it is.
 
         Raises:
@@ -210,6 +224,7 @@ class PackedConv2d(_Packed):
             dilation=_pair(conv.dilation),
             groups=conv.groups,
             planar=planar,
+            quartered=quartered,
         )
 
     def to_dense(self) -> nn.Conv2d:
@@ -267,6 +282,8 @@ class PackedLinear(_Packed):
         weight: `(C_out, C_in)`, float32 or bfloat16.
         bias: `(C_out,)` or None.
         activation: "relu", "relu6", "silu", "hardswish" or None.
+        quartered: Whether the weight is packed for kernels that shuffle bytes, where its non-zeros
+            allow it.
 
     Raises:
         ModelError: If the weight is of another type.
@@ -274,12 +291,18 @@ class PackedLinear(_Packed):
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        activation: str | None = None,
+        quartered: bool = False,
     ) -> None:
-        super().__init__(weight[:, :, None, None], bias, groups=1, activation=activation)
+        weight = weight[:, :, None, None]
+        super().__init__(weight, bias, groups=1, activation=activation, quartered=quartered)
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear) -> PackedLinear:
+    def from_dense(cls, linear: nn.Linear, *, quartered: bool = False) -> PackedLinear:
         """Pack a linear layer, which is left as it is.
 
         Raises:
@@ -287,7 +310,7 @@ class PackedLinear(_Packed):
         """
         if (reason := refusal(linear)) is not None:
             raise ModelError(f"the layer cannot be packed: {reason}")
-        return cls(linear.weight, linear.bias)
+        return cls(linear.weight, linear.bias, quartered=quartered)
 
     @property
     def weight(self) -> Tensor:

@@ -289,8 +289,7 @@ def _step(call: _Call, shape: tuple[int, ...]) -> Step:
     step.dilation_h, step.dilation_w = layer.dilation
     step.groups = layer.groups
     step.activation = ACTIVATIONS[layer.activation][0]
-    step.slots, step.channel_group, halves, step.planar = _layout(call)
-    step.halves = halves - 1
+    step.slots, step.channel_group, step.parts, step.planar = _layout(call)
     return step
 
 

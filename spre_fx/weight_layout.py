@@ -2,14 +2,17 @@
 
 A packed N:M weight is an integer tensor of shape
 
-    (groups, ceil(O / 16), ceil(C / channel_group), kH * kW, halves, slots / halves, 2, lanes)
+    (groups, ceil(O / 16), ceil(C / channel_group), kH * kW, parts, slots / parts, 2, lanes)
 
 with O outputs and C inputs in each of the groups: int32 with 16 lanes for float32 weights, int16
 with 32 lanes for bfloat16 ones. Values are stored bit for bit, next to the channels that they
 multiply. Every output keeps as many slots as the fullest one needs, so any pattern, and a dense
-weight too, can be packed; the fewer non-zeros the smaller. There are 2 halves where each half of a
+weight too, can be packed; the fewer non-zeros the smaller. There are 2 parts where each half of a
 channel group needs half of the slots, which shorter registers read faster, and else 1. Zeros of
 either sign are not stored, so that -0.0 comes back as 0.0.
+
+A quartered one, for kernels that shuffle bytes, has 4 parts where each quarter of a channel group
+needs a quarter of the slots. Channels are then given by the places of their four bytes.
 
 A planar one, for kernels that take neighbouring pixels together instead of outputs, is of float32
 and has the shape
@@ -31,6 +34,8 @@ from spre_fx.errors import ModelError
 BLOCK = 16  # outputs that are computed together, one a lane
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 _PLANAR_AXES = 6
+_QUARTERS = 4
+_FOUR_BYTES, _BYTES = 0x04040404, 0x03020100  # the bytes of channel c: c times the one + the other
 _FLOATS = {bits: dtype for dtype, bits in _BITS.items()}
 
 
@@ -41,14 +46,20 @@ class Layout(NamedTuple):
         slots: Of each output in each channel group at each tap, 1 at least. A slot holds one
             non-zero of a float32 weight and two of a bfloat16 one.
         channel_group: Input channels that are looked at together, 16 or 32.
-        halves: 2 where either half of the slots belongs to a half of the channel group, else 1.
+        parts: 2 where either half of the slots belongs to a half of the channel group, 4 where each
+            quarter belongs to a quarter, else 1.
         planar: Whether it is for kernels that take neighbouring pixels together.
     """
 
     slots: int
     channel_group: int
-    halves: int
+    parts: int
     planar: bool = False
+
+    @property
+    def quartered(self) -> bool:
+        """Whether it is for kernels that shuffle bytes."""
+        return self.parts == _QUARTERS
 
 
 def packable(dtype: torch.dtype) -> bool:
@@ -77,11 +88,12 @@ def layout(
     """
     if len(packed) == _PLANAR_AXES:
         return _planar_layout(packed, shape, groups, dtype)
-    halves, slots = packed[4:6] if len(packed) == 8 else (1, 1)
+    parts, slots = packed[4:6] if len(packed) == 8 else (1, 1)
     by_16 = dtype == torch.float32 and len(packed) == 8 and packed[2] == -(-shape[1] // 16)
-    found = Layout(slots * halves, 16 if by_16 else 32, halves)
-    expected = (groups, *_counts(shape, groups, found.channel_group), halves, slots, 2)
-    if packed != (*expected, BLOCK * _pairs(dtype)) or slots < 1 or halves > by_16 + 1:
+    found = Layout(slots * parts, 16 if by_16 else 32, parts)
+    expected = (groups, *_counts(shape, groups, found.channel_group), parts, slots, 2)
+    possible = slots >= 1 and parts in ((1, 2, 4) if by_16 else (1,))
+    if packed != (*expected, BLOCK * _pairs(dtype)) or not possible:
         raise _misshapen(packed, (*expected, BLOCK * _pairs(dtype)), shape, groups, dtype)
     return found
 
@@ -110,13 +122,16 @@ def _misshapen(
     )
 
 
-def pack(weight: Tensor, groups: int = 1, *, planar: bool = False) -> Tensor:
+def pack(
+    weight: Tensor, groups: int = 1, *, planar: bool = False, quartered: bool = False
+) -> Tensor:
     """Pack the weight of an N:M convolution.
 
     Args:
         weight: `(C_out, C_in/groups, kH, kW)`, float32 or bfloat16.
         groups: Of the convolution.
         planar: For kernels that take neighbouring pixels together; of float32.
+        quartered: For kernels that shuffle bytes, where the non-zeros allow it.
 
     Returns:
         Shape and type as the module says. float32 weights take channel groups of 16 or 32,
@@ -129,24 +144,26 @@ def pack(weight: Tensor, groups: int = 1, *, planar: bool = False) -> Tensor:
         types = "float32" if planar else "float32 or bfloat16"
         raise ModelError(f"expected a weight of {types}, found {weight.dtype}.")
     weight = weight.detach()
-    slots, channel_group, halves, _ = _choose(weight, planar)
+    slots, channel_group, parts, _ = _choose(weight, planar, quartered)
     rows = _rows(weight, groups, channel_group)
     kept = rows != 0
-    part, pairs = channel_group // halves, _pairs(weight.dtype)
+    part, pairs = channel_group // parts, _pairs(weight.dtype)
     counts = kept.view(-1, part).sum(1)
     place = kept.view(-1).nonzero().squeeze(1)
-    entries = slots // halves * pairs
+    entries = slots // parts * pairs
     first = torch.arange(len(counts), device=place.device) * entries - counts.cumsum(0) + counts
     entry = first[place // part].add_(torch.arange(len(place), device=place.device))
     packed = rows.new_zeros(2, len(counts) * entries, dtype=_BITS[weight.dtype])
     packed[0].scatter_(0, entry, rows.view(-1)[place].view(packed.dtype))
     packed[1].scatter_(0, entry, (place % channel_group).to(packed.dtype))
+    if parts == _QUARTERS:
+        packed[1].mul_(_FOUR_BYTES).add_(_BYTES)
     if planar:  # (2, G, O/16, C/cg, taps, lane, slot) to (G, O, C/cg, taps, slot, 2)
         by_output = packed.view(2, *rows.shape[:-1], slots).permute(1, 2, 5, 3, 4, 6, 0)
         return by_output.flatten(1, 2)[:, : len(weight) // groups].contiguous()
-    # (2, G, O/16, C/cg, taps, lane, half, slot, pair)
-    # to (G, O/16, C/cg, taps, half, slot, 2, lane, pair)
-    apart = packed.view(2, *rows.shape[:-1], halves, slots // halves, pairs)
+    # (2, G, O/16, C/cg, taps, lane, part, slot, pair)
+    # to (G, O/16, C/cg, taps, part, slot, 2, lane, pair)
+    apart = packed.view(2, *rows.shape[:-1], parts, slots // parts, pairs)
     ordered: Tensor = apart.permute(1, 2, 3, 4, 6, 7, 0, 5, 8).flatten(-2)
     return ordered.contiguous()
 
@@ -163,16 +180,18 @@ def unpack(packed: Tensor, shape: tuple[int, ...], groups: int = 1) -> Tensor:
         ModelError: If the packed tensor is not one of such a weight.
     """
     dtype = weight_dtype(packed.dtype)
-    _, channel_group, _, planar = layout(tuple(packed.shape), shape, groups, dtype)
+    _, channel_group, parts, planar = layout(tuple(packed.shape), shape, groups, dtype)
     blocks, cuts, taps = _counts(shape, groups, channel_group)
     if planar:  # (G, O, C/cg, taps, slot, 2) to (2, G, O/16, C/cg, taps, lane, slot)
         apart = _pad_to(packed, 1, BLOCK).unflatten(1, (-1, BLOCK))
         values, channels = apart.permute(6, 0, 1, 3, 4, 2, 5).flatten(1, 5)
     else:
         apart = packed.view(*packed.shape[:-1], BLOCK, _pairs(dtype))
-        # (G, O/16, C/cg, taps, half, slot, 2, lane, pair)
-        # to (2, G, O/16, C/cg, taps, lane, half, slot, pair)
+        # (G, O/16, C/cg, taps, part, slot, 2, lane, pair)
+        # to (2, G, O/16, C/cg, taps, lane, part, slot, pair)
         values, channels = apart.permute(6, 0, 1, 2, 3, 7, 4, 5, 8).flatten(1, 5).flatten(2)
+    if parts == _QUARTERS:
+        channels = (channels - _BYTES) // _FOUR_BYTES
     # Added, since a free slot holds zero bits and channel 0, where a value may stand already.
     rows = values.new_zeros(len(values), channel_group).scatter_add_(1, channels.long(), values)
     ordered = rows.view(groups, blocks, cuts, taps, BLOCK, channel_group)
@@ -184,6 +203,10 @@ def unpack(packed: Tensor, shape: tuple[int, ...], groups: int = 1) -> Tensor:
 def channels_below(packed: Tensor, channel_group: int) -> bool:
     """Whether all channels that a packed weight names are those of a channel group."""
     channels = packed.select(-1 if packed.ndim == _PLANAR_AXES else -2, 1)
+    if packed.ndim != _PLANAR_AXES and packed.shape[4] == _QUARTERS:
+        places, channels = channels, (channels - _BYTES) // _FOUR_BYTES
+        if not torch.equal(places, channels * _FOUR_BYTES + _BYTES):
+            return False
     return not bool(((channels < 0) | (channels >= channel_group)).any())
 
 
@@ -233,15 +256,17 @@ def pack_depthwise(weight: Tensor) -> Tensor:
     return _pad_to(weight.detach().flatten(1), 0, BLOCK).t().contiguous()
 
 
-def _choose(weight: Tensor, planar: bool) -> Layout:
-    """The layout, planar or not, with the fewest slots in all."""
+def _choose(weight: Tensor, planar: bool, quartered: bool) -> Layout:
+    """The layout, of those that are asked for, with the fewest slots in all."""
     kept = _pad_to((weight != 0).flatten(2), 1, 32)
-    most_8, most_16, most_32 = (
+    most_4, most_8, most_16, most_32 = (
         int(F.pad(kept.unflatten(1, (-1, size)).sum(2).flatten(), (0, 1), value=1).max())
-        for size in (8, 16, 32)
+        for size in (4, 8, 16, 32)
     )
     channels, pairs = weight.shape[1], _pairs(weight.dtype)
     if pairs == 1 and -(-channels // 16) * most_16 <= -(-channels // 32) * most_32:
+        if quartered and not planar and most_16 == 4 * most_4:
+            return Layout(most_16, 16, _QUARTERS)
         return Layout(most_16, 16, 2 if most_16 == 2 * most_8 and not planar else 1, planar)
     return Layout(-(-most_32 // pairs), 32, 1, planar)
 

@@ -293,13 +293,13 @@ def sparse_conv(draw: Draw, *, planar: bool = False) -> Case:
         n, m, inputs = 1, 1, draw.one_of(32, 64)  # no free slots: these multiply by zero
     shape = (outputs * groups, inputs, w["kernel_h"], w["kernel_w"])
     weight = pruned(draw, draw.normal(*shape), n, m)
-    packed = weight_layout.pack(weight, groups, planar=planar)
-    slots, channel_group, halves, _ = weight_layout.layout(
+    packed = weight_layout.pack(weight, groups, planar=planar, quartered=draw.chance())
+    slots, channel_group, parts, _ = weight_layout.layout(
         tuple(packed.shape), shape, groups, draw.dtype
     )
     fields = {"slots": slots, "channel_group": channel_group, "groups": groups}
     fields["planar"] = int(planar)
-    fields["halves"] = halves - 1 if draw.chance() else 0  # either way it is the same weight
+    fields["parts"] = 1 if parts == 2 and draw.chance() else parts  # then it is the same weight
     if draw.chance():
         fields |= {"tile_blocks": draw.one_of(1, 2, 3, 4), "tile_pixels": draw.one_of(1, 3, 7, 14)}
         fields |= {"tile_rows": draw.one_of(1, 2, 5), "split": draw.one_of(1, 2, 3)}

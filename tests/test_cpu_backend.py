@@ -3,9 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 
-from spre_fx import Pattern, cpu_backend
+from spre_fx import Pattern, cpu_backend, masks
 from spre_fx.cpu_backend import CPUBackend, predicted_ratio, processor
 from spre_fx.packed_layers import PackedConv2d, PackedLinear
 
@@ -29,14 +30,28 @@ def test_convs_and_linears_are_packed(
         assert way.why == "computes the 1:4 non-zeros only"
 
 
-@pytest.mark.parametrize(("isa", "planar"), [("avx512", False), ("avx2", True)])
-def test_without_measuring_convs_are_planar_where_permutes_are_short(
-    monkeypatch: pytest.MonkeyPatch, isa: str, planar: bool
+@pytest.mark.parametrize(
+    ("isa", "pattern", "planar", "quartered"),
+    [
+        ("avx512", "1:8", False, False),
+        ("avx512", "1:4", False, False),
+        ("avx2", "1:8", True, False),
+        ("avx2", "1:4", False, True),
+        ("portable", "1:4", True, False),
+    ],
+)
+def test_without_measuring_layouts_follow_the_instructions(
+    monkeypatch: pytest.MonkeyPatch, isa: str, pattern: str, planar: bool, quartered: bool
 ) -> None:
-    backend, conv = CPUBackend(), nn.Conv2d(64, 64, 3)
+    backend, nm = CPUBackend(), Pattern.parse(pattern)
     monkeypatch.setattr(cpu_backend.engine, "load", lambda: SimpleNamespace(isa=isa))
-    ways = backend.candidates(conv, PATTERN)
-    assert backend.rule(conv, PATTERN, ways, None).module.layout.planar is planar
+    for layer in (nn.Conv2d(64, 64, 3), nn.Linear(64, 64)):
+        with torch.no_grad():
+            layer.weight.mul_(masks.nm_mask(layer.weight, nm))
+        ways = backend.candidates(layer, nm)
+        layout = backend.rule(layer, nm, ways, None).module.layout
+        assert layout.planar is (planar and isinstance(layer, nn.Conv2d))
+        assert layout.quartered is quartered
 
 
 @pytest.mark.parametrize(

@@ -97,8 +97,12 @@ def test_activations_at_the_ends_of_their_range(each_engine, activation, x):
         (Kind.DENSE_CONV, {"dilation_w": 2}),
         (Kind.DENSE_CONV, {"groups": 2}),
         (Kind.SPARSE_CONV, {"channel_group": 8}),
-        (Kind.SPARSE_CONV, {"channel_group": 16, "slots": 3, "halves": 1}),
-        (Kind.SPARSE_CONV, {"channel_group": 32, "slots": 4, "halves": 1}),
+        (Kind.SPARSE_CONV, {"channel_group": 16, "parts": 0}),
+        (Kind.SPARSE_CONV, {"channel_group": 16, "slots": 3, "parts": 3}),
+        (Kind.SPARSE_CONV, {"channel_group": 16, "slots": 3, "parts": 2}),
+        (Kind.SPARSE_CONV, {"channel_group": 16, "slots": 6, "parts": 4}),
+        (Kind.SPARSE_CONV, {"channel_group": 32, "slots": 4, "parts": 2}),
+        (Kind.SPARSE_CONV, {"channel_group": 16, "slots": 4, "parts": 2, "planar": 1}),
         (Kind.SPARSE_CONV, {"channel_group": 16, "tile_pixels": 1, "direct": 1, "padding_h": 1}),
         (Kind.SPARSE_CONV, {"channel_group": 32, "tile_pixels": 1, "direct": 1}),
         (Kind.SPARSE_CONV, {"channel_group": 16, "type": Type.BFLOAT16}),
@@ -107,6 +111,7 @@ def test_activations_at_the_ends_of_their_range(each_engine, activation, x):
 def test_a_step_without_a_kernel_is_refused(each_engine, kind, fields):
     sizes = {"channels": 16, "out_channels": 16, "batch": 1, "height": 4, "width": 4}
     common = {**ONE_BY_ONE, **sizes, "groups": 1, "out_height": 4, "out_width": 4, "slots": 4}
+    common |= {"parts": 1}
     assert not each_engine.takes(Step(kind=kind, **{**common, **fields}))
 
 

@@ -27,7 +27,7 @@ class Net(nn.Module):
         self.one = PackedConv2d.from_dense(sparse(nn.Conv2d(32, 48, 3, padding=1)))
         two = sparse(nn.Conv2d(48, 48, 1, bias=False))
         self.two = PackedConv2d.from_dense(two, planar=True)
-        self.head = PackedLinear.from_dense(sparse(nn.Linear(48, 10)))
+        self.head = PackedLinear.from_dense(sparse(nn.Linear(48, 10)), quartered=True)
         self.one.activation = "silu"
         self.two.activation = "relu"
 
@@ -48,14 +48,16 @@ CONVS = [
     nn.Conv2d(33, 7, 2, padding="valid"),
     nn.Conv2d(33, 7, 2).bfloat16(),
 ]
-LAYOUTS = [(conv, False) for conv in CONVS] + [(conv, True) for conv in CONVS[:-1]]
+LAYOUTS = [(conv, way) for conv in CONVS[:-1] for way in ("planar", "quartered", "")]
 
 
-@pytest.mark.parametrize(("conv", "planar"), LAYOUTS, ids=str)
-def test_convolutions_there_and_back(conv, planar):
-    conv = sparse(copy.deepcopy(conv))
-    packed = PackedConv2d.from_dense(conv, planar=planar)
-    assert packed.layout.planar is ("planar=True" in str(packed)) is planar
+@pytest.mark.parametrize(("conv", "way"), [*LAYOUTS, (CONVS[-1], "")], ids=str)
+def test_convolutions_there_and_back(conv, way):
+    conv = sparse(copy.deepcopy(conv), "2:4")
+    packed = PackedConv2d.from_dense(conv, **{way: True} if way else {})
+    assert packed.layout.planar is ("planar=True" in str(packed)) is (way == "planar")
+    quartered = way == "quartered" and conv.groups == 1  # 18 channels take fewer slots as one group
+    assert packed.layout.quartered is ("quartered=True" in str(packed)) is quartered
     x = torch.randn(2, conv.in_channels, 11, 12).to(conv.weight.dtype)
     exact = conv.double()(x.double())
     tolerance = 1e-5 if packed.dtype == torch.float32 else 1e-2
@@ -153,10 +155,16 @@ def test_a_state_dict_of_other_masks_is_refused_by_torch():
 
 @pytest.mark.parametrize("channel", [-1, 16])
 @pytest.mark.parametrize(
-    ("planar", "place"), [(False, (0, 0, 1, 0, 1, 0, 1, 3)), (True, (0, 7, 1, 0, 3, 1))]
+    ("way", "place"),
+    [
+        ({}, (0, 0, 1, 0, 1, 0, 1, 3)),
+        ({"planar": True}, (0, 7, 1, 0, 3, 1)),
+        ({"quartered": True}, (0, 0, 1, 0, 3, 0, 1, 3)),
+    ],
+    ids=str,
 )
-def test_a_damaged_state_dict_is_refused(channel, planar, place):
-    conv = PackedConv2d.from_dense(sparse(nn.Conv2d(32, 16, 1), "2:4"), planar=planar)
+def test_a_damaged_state_dict_is_refused(channel, way, place):
+    conv = PackedConv2d.from_dense(sparse(nn.Conv2d(32, 16, 1), "2:4"), **way)
     state = copy.deepcopy(conv.state_dict())
     state["packed"][place] = channel
     with pytest.raises(RuntimeError, match="packed is damaged: it names channels outside"):

@@ -42,14 +42,21 @@ def layout_of(packed: Tensor, weight: Tensor, groups: int = 1) -> tuple[int, int
 def entries(packed: Tensor) -> dict[tuple[int, ...], list[tuple[int, int]]]:
     """(group, output, channel group, tap): its (channel, value bits), read as engine.h says."""
     pairs = packed.shape[7] // 16
+    quartered = packed.shape[4] == 4
     slots = packed.flatten(4, 5).movedim(5, -1)
     where = (slots[..., 0] != 0).nonzero()
     found: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for place, (value, channel) in zip(where.tolist(), slots[tuple(where.T)].tolist(), strict=True):
         group, block, cut, tap, _, lane = place
         key = (group, block * 16 + lane // pairs, cut, tap)
-        found.setdefault(key, []).append((channel, value))
+        found.setdefault(key, []).append((of_bytes(channel) if quartered else channel, value))
     return found
+
+
+def of_bytes(places: int) -> int:
+    first, *others = places.to_bytes(4, "little")
+    assert others == [first + 1, first + 2, first + 3]
+    return first // 4
 
 
 def planar_entries(packed: Tensor) -> dict[tuple[int, ...], list[tuple[int, int]]]:
@@ -61,10 +68,13 @@ def planar_entries(packed: Tensor) -> dict[tuple[int, ...], list[tuple[int, int]
     return found
 
 
-def halves_are_apart(packed: Tensor) -> bool:
-    values, channels = packed.unbind(6)
-    low, high = ((channels < 8) | (values == 0), (channels >= 8) | (values == 0))
-    return bool(low[:, :, :, :, 0].all() and high[:, :, :, :, 1].all())
+def parts_are_apart(packed: Tensor) -> bool:
+    parts = packed.shape[4]
+    values, channels = packed.movedim(4, 0).unbind(6)
+    if parts == 4:
+        channels = (channels & 0xFF) // 4
+    part = torch.arange(parts).view(-1, *[1] * (values.ndim - 1))
+    return bool(((channels // (16 // parts) == part) | (values == 0)).all())
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -82,9 +92,10 @@ def test_round_trip_is_exact(shape, groups, pattern, dtype):
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(back.view(bits), weight.view(bits))
     if dtype == torch.float32:
-        planar = unpack(pack(weight, groups, planar=True), shape, groups)
-        assert planar.is_contiguous()
-        assert torch.equal(planar.view(bits), weight.view(bits))
+        for way in ("planar", "quartered"):
+            back = unpack(pack(weight, groups, **{way: True}), shape, groups)
+            assert back.is_contiguous()
+            assert torch.equal(back.view(bits), weight.view(bits))
 
 
 @given(
@@ -101,12 +112,12 @@ def test_the_layout_is_that_of_engine_h(sizes, groups, density, dtype, seed):
     weight = torch.randn(shape).to(dtype).where(torch.rand(shape) < density, 0.0)
     packed = pack(weight, groups)
     assert torch.equal(unpack(packed, shape, groups), weight)
-    slots, size, halves = layout_of(packed, weight, groups)
+    slots, size, parts = layout_of(packed, weight, groups)
     taps, lanes = kernel[0] * kernel[1], 16 if dtype == torch.float32 else 32
-    expected = (groups, ceil(outputs / 16), ceil(channels / size), taps, halves, slots // halves)
+    expected = (groups, ceil(outputs / 16), ceil(channels / size), taps, parts, slots // parts)
     assert packed.shape == (*expected, 2, lanes)
     assert packed.is_contiguous()
-    assert halves == 1 or halves_are_apart(packed)
+    assert parts == 1 or parts_are_apart(packed)
     bits = weight.view(packed.dtype).flatten(2)
     by_hand: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     values = bits.tolist()
@@ -121,11 +132,18 @@ def test_the_layout_is_that_of_engine_h(sizes, groups, density, dtype, seed):
         assert planar.is_contiguous()
         assert layout_of(planar, weight, groups) == (slots, size, 1)
         assert planar_entries(planar) == by_hand
+        quartered = pack(weight, groups, quartered=True)
+        slots_of_it, size_of_it, parts = layout_of(quartered, weight, groups)
+        assert (slots_of_it, size_of_it) == (slots, size)
+        assert quartered.numel() == packed.numel()
+        assert parts in (1, 2, 4)
+        assert parts == 1 or parts_are_apart(quartered)
+        assert entries(quartered) == by_hand
     assert slots == max(1, *(ceil(len(entry) * 16 / lanes) for entry in by_hand.values()), 0)
 
 
 @pytest.mark.parametrize(
-    ("pattern", "dtype", "channel_group", "slots", "halves"),
+    ("pattern", "dtype", "channel_group", "slots", "parts"),
     [
         ("1:2", torch.float32, 16, 8, 2),
         ("2:4", torch.float32, 16, 8, 2),
@@ -138,9 +156,12 @@ def test_the_layout_is_that_of_engine_h(sizes, groups, density, dtype, seed):
         ("1:32", torch.bfloat16, 32, 1, 1),
     ],
 )
-def test_as_few_slots_as_the_pattern_needs(pattern, dtype, channel_group, slots, halves):
+def test_as_few_slots_as_the_pattern_needs(pattern, dtype, channel_group, slots, parts):
     weight = nm_weight((32, 128, 1, 1), pattern, dtype)
-    assert layout_of(pack(weight), weight) == (slots, channel_group, halves)
+    assert layout_of(pack(weight), weight) == (slots, channel_group, parts)
+    in_fours = dtype == torch.float32 and pattern in ("1:2", "2:4", None)
+    quartered = (slots, channel_group, 4 if in_fours else parts)
+    assert layout_of(pack(weight, quartered=True), weight) == quartered
 
 
 def test_free_slots_hold_value_0_and_channel_0():
@@ -153,6 +174,17 @@ def test_free_slots_hold_value_0_and_channel_0():
         [[one, two, 0], [3, 5, 0]],
         [[one, 0, 0], [9, 0, 0]],
     ]
+
+
+def test_free_slots_of_quarters_hold_value_0_and_channel_0():
+    weight = torch.zeros(2, 16, 1, 1)
+    weight[0, [2, 3, 12]] = 1.0
+    weight[1, 0::4] = weight[1, 1::4] = 2.0
+    (values, places) = pack(weight, quartered=True)[0, 0, 0, 0, ..., 0].unbind(-1)
+    one = int(torch.tensor(1.0).view(torch.int32))
+    assert values.tolist() == [[one, one], [0, 0], [0, 0], [one, 0]]
+    named = [[0x0B0A0908, 0x0F0E0D0C], [0x03020100] * 2, [0x03020100] * 2, [0x33323130, 0x03020100]]
+    assert places.tolist() == named
 
 
 def test_zeros_of_either_sign_take_no_slot():

@@ -37,11 +37,12 @@ enum Type : int64_t { kFloat32 = 0, kBFloat16 = 1 };
 // channels, counted from the first of the channel group, that they multiply. float32: 16 lanes of
 // 4 bytes, lane l belongs to output l; channel_group is 16 or 32. bfloat16: 32 lanes of 2 bytes,
 // lanes 2l and 2l + 1 belong to output l; channel_group is 32. Unused slots hold value 0, channel
-// 0. The non-zeros of an output are in the order of their channels. Where `halves` is 1 (float32,
-// channel_group 16, an even number of slots) those of channels 0 to 7 lie in the first half of the
-// slots and those of channels 8 to 15 in the second, as they can for any pattern with M <= 8:
-// shorter registers then need one permute instead of two.
-// Where `planar` is 1 (float32, no halves), neighbouring pixels share registers instead of outputs:
+// 0. The non-zeros of an output are in the order of their channels. Where `parts` is 2 or 4
+// (float32, channel_group 16, a number of slots that it divides) each part of the slots holds those
+// of as large a part of the channel group, as it can for any pattern with M <= 8 or M <= 4: what
+// picks one of fewer channels is faster on shorter registers. With 4 parts a channel c is given by
+// the places of its four bytes, 4c to 4c + 3 from the lowest byte on, for shuffles of bytes. Where
+// `planar` is 1 (float32, one part), neighbouring pixels share registers instead of outputs:
 //   [groups][O][ceil(C / channel_group)][kernel_h * kernel_w][slots][2]
 // with a value and its channel side by side.
 // Weights of kDenseConv: float32 [ceil(O / 16)][kernel_h][kernel_w * C][16], or bfloat16
@@ -63,7 +64,7 @@ struct Step {
   int64_t groups;
   int64_t activation;
   int64_t count_inside;
-  int64_t slots, channel_group, halves, planar;
+  int64_t slots, channel_group, parts, planar;
   // How the work is cut, for experiments and tests. 0 in tile_pixels (of kDenseConv in tile_rows,
   // which is all that it looks at): the engine's own rule chooses all of these.
   int64_t tile_blocks;  // blocks of 16 outputs held in registers

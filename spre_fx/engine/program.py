@@ -49,7 +49,7 @@ _FIELDS = (
     *("kernel_h", "kernel_w", "stride_h", "stride_w"),
     *("padding_h", "padding_w", "dilation_h", "dilation_w"),
     *("groups", "activation", "count_inside"),
-    *("slots", "channel_group", "halves", "planar"),
+    *("slots", "channel_group", "parts", "planar"),
     *("tile_blocks", "tile_pixels", "tile_rows", "split", "direct"),
 )
 

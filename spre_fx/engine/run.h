@@ -18,7 +18,7 @@ P* at(void* const* buffers, int64_t buffer, int64_t offset) {
   return buffer < 0 ? nullptr : reinterpret_cast<P*>(static_cast<char*>(buffers[buffer]) + offset);
 }
 
-template <class Sparse, class Halved, class Wide, class Dense>
+template <class Sparse, class Halved, class Quartered, class Wide, class Dense>
 struct Runner {
   using X = typename Sparse::Element;
 
@@ -26,7 +26,8 @@ struct Runner {
   template <class Then>
   static auto with_traits(const Step& s, Then then) {
     if (s.channel_group != Sparse::kGroup) return then(Wide());
-    return s.halves ? then(Halved()) : then(Sparse());
+    if (s.parts == 4) return then(Quartered());
+    return s.parts == 2 ? then(Halved()) : then(Sparse());
   }
 
   static int64_t scratch(const Step& step, int64_t threads) {
@@ -77,9 +78,11 @@ struct Runner {
   }
 };
 
-using Float32Runner = Runner<Float32Traits, HalvedFloat32Traits, WideFloat32Traits, Float32Numbers>;
+using Float32Runner = Runner<Float32Traits, HalvedFloat32Traits, QuarteredFloat32Traits,
+                             WideFloat32Traits, Float32Numbers>;
 #ifdef SPRE_HAS_BFLOAT16
-using BFloat16Runner = Runner<BFloat16Traits, BFloat16Traits, BFloat16Traits, BFloat16Numbers>;
+using BFloat16Runner =
+    Runner<BFloat16Traits, BFloat16Traits, BFloat16Traits, BFloat16Traits, BFloat16Numbers>;
 #endif
 
 inline void run_step(const Step& s, void* const* buffers, const Worker& worker) {
@@ -123,7 +126,7 @@ inline void work(const Job& job, int64_t thread, int64_t threads) {
 
 }  // namespace spre
 
-SPRE_EXPORT int64_t spre_version() { return 5; }
+SPRE_EXPORT int64_t spre_version() { return 6; }
 
 SPRE_EXPORT const char* spre_isa() { return spre::kIsa; }
 
@@ -151,10 +154,11 @@ SPRE_EXPORT int64_t spre_takes(const spre::Step* step) {
   if (s.kind < spre::kSparseConv || s.kind > spre::kCopy) return 0;
   if (s.kind == spre::kDenseConv) return s.groups == 1 && s.dilation_w == 1 && s.dilation_h == 1;
   if (s.kind != spre::kSparseConv) return 1;
-  if (s.planar) return !bfloat16 && !s.halves && !s.direct;
+  if (s.parts != 1 && s.parts != 2 && s.parts != 4) return 0;
+  if (s.planar) return !bfloat16 && s.parts == 1 && !s.direct;
   if (s.direct && !(spre::one_tap(s) && s.channels / s.groups % s.channel_group == 0)) return 0;
-  if (bfloat16) return s.channel_group == 32 && !s.halves;
-  if (s.halves) return s.channel_group == 16 && s.slots % 2 == 0;
+  if (bfloat16) return s.channel_group == 32 && s.parts == 1;
+  if (s.parts > 1) return s.channel_group == 16 && s.slots % s.parts == 0;
   return s.channel_group == 16 || s.channel_group == 32;
 }
 

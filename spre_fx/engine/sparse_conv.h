@@ -43,7 +43,9 @@ __attribute__((noinline)) void sparse_kernel(const SparseTile<typename Traits::E
   using X = typename Traits::Element;
   constexpr int64_t kPair = 2 * kCacheLine;  // a vector of weights and one of indices
   // Where weights and indices of all blocks fit in registers beside the sums, x is read once.
-  constexpr bool kReadOnce = Blocks * Pixels + 2 * Blocks + 2 <= kRegisters;
+  // Parts of a channel group are read again for each slot: kept, they would take their room.
+  constexpr bool kReadOnce =
+      Traits::kSections == 1 && Blocks * Pixels + 2 * Blocks + 2 <= kRegisters;
   Floats sums[Blocks][Pixels];
   UNROLLED_FOR (int b = 0; b < Blocks; ++b)
     UNROLLED_FOR (int p = 0; p < Pixels; ++p) sums[b][p] = zeros();

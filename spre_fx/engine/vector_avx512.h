@@ -96,6 +96,10 @@ struct Float32Traits {
 
 using HalvedFloat32Traits = Float32Traits;
 
+struct QuarteredFloat32Traits : Float32Traits {  // permutes look at the last 4 bits
+  SPRE_INLINE Index index(const char* p) { return _mm512_srli_epi32(Float32Traits::index(p), 2); }
+};
+
 struct WideFloat32Traits : Float32Traits {
   struct Input {
     __m512 low, high;

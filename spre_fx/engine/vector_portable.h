@@ -88,7 +88,7 @@ SPRE_INLINE Floats exponential(Floats x) {
 
 // How the sparse kernel reads a group of channels, and what a pair of weights and indices does with
 // them. Without a permute of 16 lanes each is best read from where it lies.
-template <int Group>
+template <int Group, bool Bytes = false>
 struct GatherTraits {
   using Element = float;
   using Input = const float*;
@@ -103,14 +103,15 @@ struct GatherTraits {
   }
   SPRE_INLINE Floats dot(Floats a, Input x, Index i, Weights w) {
     return quads([&](int q) {
-      const Index j = i + q * 4;
-      return Quad{x[j[0]], x[j[1]], x[j[2]], x[j[3]]} * w.v[q] + a.v[q];
+      const auto at = [&](int lane) { return x[Bytes ? (i[lane] & 0xff) / 4 : i[lane]]; };
+      return Quad{at(4 * q), at(4 * q + 1), at(4 * q + 2), at(4 * q + 3)} * w.v[q] + a.v[q];
     });
   }
 };
 
 using Float32Traits = GatherTraits<16>;
 using HalvedFloat32Traits = Float32Traits;
+using QuarteredFloat32Traits = GatherTraits<16, true>;
 using WideFloat32Traits = GatherTraits<32>;
 
 inline constexpr int kRegisters = 4;
