@@ -51,13 +51,14 @@ __attribute__((noinline)) void sparse_kernel(const SparseTile<typename Traits::E
     UNROLLED_FOR (int p = 0; p < Pixels; ++p) sums[b][p] = zeros();
 
   const int64_t pixel = Direct ? tile.pixel_stride : Traits::kGroup;
+  const int64_t taps = Direct ? 1 : tile.taps, slots = tile.slots;
   const char* weight = tile.weight;
   [[maybe_unused]] const char* ahead = tile.ahead;
   const X* group = tile.x;
   for (int64_t g = 0; g < tile.channel_groups; ++g, group += tile.group_stride) {
-    ROLLED_FOR (int64_t t = 0; t < tile.taps; ++t) {
+    ROLLED_FOR (int64_t t = 0; t < taps; ++t) {
       const X* x = Direct ? group : group + tile.tap_offsets[t];
-      ROLLED_FOR (int64_t s = 0; s < tile.slots; ++s, weight += kPair) {
+      ROLLED_FOR (int64_t s = 0; s < slots; ++s, weight += kPair) {
         if constexpr (Ahead) {
           __builtin_prefetch(ahead, 0, 2);
           ahead += kCacheLine;
