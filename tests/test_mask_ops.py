@@ -30,19 +30,6 @@ def test_the_spre_mask_keeps_them_too(numbers: bool) -> None:
     torch.library.opcheck(torch.ops.spre_fx.spre_mask.default, (mask, live))
 
 
-@pytest.mark.parametrize("update", [False, True])
-def test_updates_change_the_mask_and_return_another_tensor(update: bool) -> None:
-    operator = torch.ops.spre_fx.update_mask.default
-    mask, new = torch.rand(2, 4, 6, 3, 3) < 0.5
-    torch.library.opcheck(operator, (mask, new, torch.tensor(update)))
-    before, version = mask.clone(), mask._version
-    found = operator(mask, new, torch.tensor(update))
-    assert torch.equal(mask, new if update else before)
-    assert torch.equal(found, mask)
-    assert found.data_ptr() != mask.data_ptr()
-    assert mask._version > version
-
-
 @many
 @given(weights())
 def test_selection_without_a_host_sync_is_the_same(drawn: tuple[Tensor, Pattern]) -> None:

@@ -171,3 +171,16 @@ def test_compiled_once_a_site_computes_what_it_does_uncompiled(schedule: Schedul
     assert stage.schedule.step.item() == 5
     changes = [not torch.equal(*pair) for pair in itertools.pairwise(masks)]
     assert changes == [schedule.is_update(torch.tensor(i)).item() for i in range(1, 5)]
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_updates_change_the_mask_and_return_another_tensor(update: bool) -> None:
+    operator = torch.ops.spre_fx.update_mask.default
+    mask, new = torch.rand(2, 4, 6, 3, 3) < 0.5
+    torch.library.opcheck(operator, (mask, new, torch.tensor(update)))
+    before, version = mask.clone(), mask._version
+    found = operator(mask, new, torch.tensor(update))
+    assert torch.equal(mask, new if update else before)
+    assert torch.equal(found, mask)
+    assert found.data_ptr() != mask.data_ptr()
+    assert mask._version > version
