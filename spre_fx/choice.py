@@ -155,7 +155,7 @@ def _key(layer: nn.Module, ways: Sequence[Lowered], shape: Shape) -> str:
     ]
     facts += [f"input={shape}", str(weight.dtype).removeprefix("torch."), str(weight.device.type)]
     facts += [f"threads={torch.get_num_threads()}"]
-    facts += [f"{way.kind}({getattr(way.module, 'slots', '')})" for way in ways]
+    facts += [f"{way.kind}({getattr(way.module, 'layout', '')})" for way in ways]
     return " ".join(facts)
 
 

@@ -19,7 +19,7 @@ from spre_fx.patterns import Pattern
 
 _BFLOAT16 = "avx512_bf16"  # the instruction set that the engine needs for it
 _WITH_LONG_PERMUTES = ("avx512_bf16", "avx512")  # of 16 lanes
-_WITH_SHUFFLES = "avx2"  # of bytes, which are faster than its permutes
+_QUARTERED = "avx2"  # the instruction set whose shuffles of bytes are faster than its permutes
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,18 @@ class CPUBackend:
         return f"{processor()}, {isa}, version {VERSION}"
 
     def candidates(self, layer: nn.Module, pattern: Pattern) -> list[Lowered] | str:
-        """The packed layer, of a conv in either layout, or why there is none."""
+        """The packed layer, of a conv in two layouts, or why there is none."""
         if (reason := refusal(layer)) is not None:
             return reason
         loaded = engine.load()
         if layer.weight.dtype == torch.bfloat16 and (loaded is None or loaded.isa != _BFLOAT16):
             return "this CPU has no instructions for bfloat16 that the engine uses"
         why = f"computes the {pattern} non-zeros only"
-        shuffles = loaded is not None and loaded.isa == _WITH_SHUFFLES
+        quartered = loaded is not None and loaded.isa == _QUARTERED
         if isinstance(layer, nn.Linear):
-            return [Lowered(PackedLinear.from_dense(layer, quartered=shuffles), "cpu", why)]
+            return [Lowered(PackedLinear.from_dense(layer, quartered=quartered), "cpu", why)]
         assert isinstance(layer, nn.Conv2d)
-        ways = [Lowered(PackedConv2d.from_dense(layer, quartered=shuffles), "cpu", why)]
+        ways = [Lowered(PackedConv2d.from_dense(layer, quartered=quartered), "cpu", why)]
         if layer.weight.dtype == torch.float32:
             ways.append(Lowered(PackedConv2d.from_dense(layer, planar=True), "cpu", why))
         return ways
@@ -61,7 +61,7 @@ class CPUBackend:
     ) -> Lowered:
         """Packed where `predicted_ratio` says it is faster; planar where permutes are slow.
 
-        Not where shuffles of bytes do: they are faster than either.
+        Quartered ones need no permutes.
         """
         ratio = predicted_ratio(layer, pattern)
         loaded = engine.load()

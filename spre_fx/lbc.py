@@ -196,7 +196,7 @@ def _nothing(*_: Tensor) -> None:
 def _remove(removed: Tensor, scores: Tensor, left: Tensor) -> None:
     """Remove all but a share of the combinations, if that is not negative.
 
-    An operator, so that compiled steps rank combinations only if any are to be removed.
+    An operator, so that compiled steps on a CPU rank combinations only if any are to be removed.
     """
     if may_be_true(left >= 0):
         card = 1 + ((scores.shape[-1] - 1) * left).ceil().to(torch.int64)
@@ -214,8 +214,8 @@ def _held_members(removed: Tensor, members: Tensor) -> Tensor:
 
     An operator, because compilers for CPUs turn bools into numbers one by one.
     """
-    held = (~removed).to(members.dtype) @ members
-    return torch.gt(held, 0, out=held)
+    held = (~removed).to(members.dtype) @ members > 0  # whatever autocast makes of the product
+    return held.to(members.dtype)
 
 
 class _Held(NamedTuple):

@@ -243,7 +243,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         geometry = Geometry(*ctx.others[:4])
         found = _dense_backward(gradient, x, weight, geometry, wanted)
         if found[1] is not None and ctx.others[4][-1] >= 0:
-            found = found[0], found[1] * mask
+            found = found[0], found[1] * (mask != 0)
     else:
         found = _masked_conv_backward(gradient, x, weight, mask, *ctx.others, wanted)
     bias = gradient.sum((0, 2, 3)) if of_bias else None

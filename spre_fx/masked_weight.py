@@ -44,9 +44,7 @@ class StraightThroughDecay(torch.autograd.Function):
         """The gradient of W."""
         weight, mask, *scaled = ctx.saved_tensors
         (gradient,) = gradients
-        # With create_graph=True autograd has to see what is computed.
-        seen = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if weight.is_cpu and not scaled and not seen:
+        if weight.is_cpu and not scaled:
             return _decay_gradient(gradient, weight, mask, ctx.decay), None, None
         return _decayed(gradient, weight, mask, scaled[0] if scaled else ctx.decay), None, None
 
@@ -67,6 +65,16 @@ def _decay_gradient(gradient: Tensor, weight: Tensor, mask: Tensor, decay: float
     return _decayed(gradient, weight, mask, decay) if decayed is None else decayed
 
 
+def _save_mask_and_decay(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    _, _, mask, ctx.decay = inputs
+    ctx.save_for_backward(mask)
+
+
+def _decay_gradient_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    (mask,) = ctx.saved_tensors
+    return gradient, torch.where(mask, 0.0, ctx.decay * gradient), None, None
+
+
 def _save_mask(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
     ctx.save_for_backward(inputs[1])
 
@@ -77,3 +85,4 @@ def _mask_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
 
 
 register_gradient("mask_weight", _mask_gradient, _save_mask)
+register_gradient("decay_gradient", _decay_gradient_gradient, _save_mask_and_decay)

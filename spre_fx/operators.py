@@ -38,7 +38,9 @@ def operator(
     def register(function: Callable[..., Any]) -> Operator:
         inferred = schema or torch.library.infer_schema(function, mutates_args=changes)
         _LIBRARY.define(name + inferred, tags=torch.Tag.pt2_compliant_tag)
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        # In a frame that torch.compile left to Python it is not to be compiled on its own.
+        hidden = torch._disable_dynamo(function)  # type: ignore[attr-defined]
+        _LIBRARY.impl(name, hidden, "CompositeExplicitAutograd")
         torch.library.register_fake(f"spre_fx::{name}", fake, lib=_LIBRARY)
         found: Operator = getattr(torch.ops.spre_fx, name).default
         return found

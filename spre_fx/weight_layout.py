@@ -33,7 +33,7 @@ from spre_fx.errors import ModelError
 
 BLOCK = 16  # outputs that are computed together, one a lane
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
-_PLANAR_AXES = 6
+_AXES, _PLANAR_AXES = 8, 6
 _QUARTERS = 4
 _FOUR_BYTES, _BYTES = 0x04040404, 0x03020100  # the bytes of channel c: c times the one + the other
 _FLOATS = {bits: dtype for dtype, bits in _BITS.items()}
@@ -88,8 +88,8 @@ def layout(
     """
     if len(packed) == _PLANAR_AXES:
         return _planar_layout(packed, shape, groups, dtype)
-    parts, slots = packed[4:6] if len(packed) == 8 else (1, 1)
-    by_16 = dtype == torch.float32 and len(packed) == 8 and packed[2] == -(-shape[1] // 16)
+    parts, slots = packed[4:6] if len(packed) == _AXES else (1, 1)
+    by_16 = dtype == torch.float32 and len(packed) == _AXES and packed[2] == -(-shape[1] // 16)
     found = Layout(slots * parts, 16 if by_16 else 32, parts)
     expected = (groups, *_counts(shape, groups, found.channel_group), parts, slots, 2)
     possible = slots >= 1 and parts in ((1, 2, 4) if by_16 else (1,))
@@ -203,7 +203,8 @@ def unpack(packed: Tensor, shape: tuple[int, ...], groups: int = 1) -> Tensor:
 def channels_below(packed: Tensor, channel_group: int) -> bool:
     """Whether all channels that a packed weight names are those of a channel group."""
     channels = packed.select(-1 if packed.ndim == _PLANAR_AXES else -2, 1)
-    if packed.ndim != _PLANAR_AXES and packed.shape[4] == _QUARTERS:
+    in_quarters = packed.ndim == _AXES and packed.shape[4] == _QUARTERS
+    if in_quarters and packed.dtype == torch.int32:
         places, channels = channels, (channels - _BYTES) // _FOUR_BYTES
         if not torch.equal(places, channels * _FOUR_BYTES + _BYTES):
             return False

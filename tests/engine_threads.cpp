@@ -46,6 +46,7 @@ Step step(int64_t kind, int64_t x, int64_t y, int64_t weight) {
   s.kernel_h = s.kernel_w = 3;
   s.stride_h = s.stride_w = s.padding_h = s.padding_w = s.dilation_h = s.dilation_w = 1;
   s.slots = kSlots;
+  s.parts = 1;
   s.channel_group = 16;
   return s;
 }

@@ -18,7 +18,7 @@ SHAPE = (2, 8, 6, 6)
 class Counting(nn.Module):
     """Counts its calls, and waits 1 ms in each."""
 
-    slots = 3
+    layout = "of 3 slots"
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,15 +47,15 @@ def test_layers_of_equal_settings_and_shapes_are_measured_once() -> None:
     assert stride[0].module.calls > 0
 
 
-@pytest.mark.parametrize("change", ["slots", "kind", "dtype", "threads"])
+@pytest.mark.parametrize("change", ["layout", "kind", "dtype", "threads"])
 def test_what_changes_times_is_part_of_the_key(
     change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timings = Timings("machine")
     layer, again = nn.Linear(8, 8), ways()
     timings.milliseconds(layer, ways(), (2, 8))
-    if change == "slots":
-        again[0].module.slots = 4
+    if change == "layout":
+        again[0].module.layout = "of 4 slots"
     elif change == "kind":
         again = [Lowered(again[0].module, "other", "counts")]
     elif change == "dtype":

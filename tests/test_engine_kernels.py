@@ -141,7 +141,7 @@ class Chain:
                     **{"x_stride": 48, "y_stride": 48, "channels": 48, "out_channels": 48},
                     **{"batch": 1, "height": 9, "width": 9, "out_height": 9, "out_width": 9},
                     **{**ONE_BY_ONE, "kernel_h": 3, "kernel_w": 3, "padding_h": 1, "padding_w": 1},
-                    **{"slots": packed[i].flatten(4, 5).shape[4], "channel_group": 16},
+                    **{"slots": packed[i].flatten(4, 5).shape[4], "channel_group": 16, "parts": 1},
                 )
                 for i in range(6)
             ]

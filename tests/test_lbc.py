@@ -185,6 +185,26 @@ def test_it_compiles_whole_and_once():
         torch.testing.assert_close(prepared.state_dict()[key], value)
 
 
+def test_under_autocast_masks_and_scores_stay_in_float32():
+    torch.manual_seed(0)
+    prepared = spre_fx.prepare(
+        nn.Sequential(nn.Conv2d(8, 8, 3)), "2:4", method="lbc", schedule=RAMP, branch=None
+    )
+    gradients = []
+    for enabled in (False, True):
+        prepared.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = prepared(torch.ones(2, 8, 5, 5))
+        y.float().sum().backward()
+        (scores,) = (p for name, p in prepared.named_parameters() if name.endswith("scores"))
+        gradients.append(scores.grad.clone())
+    assert {p.dtype for p in prepared.parameters()} == {torch.float32}
+    torch.testing.assert_close(*gradients, rtol=0.02, atol=0.02)
+    masks_of = next(m for m in prepared.modules() if isinstance(m, CombinationMask))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert masks_of._hold(-1).mask.dtype == torch.float32
+
+
 @pytest.mark.parametrize("left", [-1.0, 0.5])
 def test_its_operators_keep_the_rules(left):
     operators = torch.ops.spre_fx

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from functools import reduce
 from operator import or_
 from random import Random
@@ -149,6 +150,21 @@ def test_operators_keep_the_rules_of_torch_library(passes: Pass) -> None:
     plain = (conv.y_gradient, *(each.detach() for each in operands), conv.mask)
     arguments = (*plain, *conv.geometry, most_kept(passes), [True, True])
     torch.library.opcheck(ops.masked_conv_backward.default, arguments)
+
+
+@pytest.mark.parametrize("passes", [EVERY, Pass(0)], ids=str)
+def test_a_mask_of_numbers_keeps_what_is_not_zero(passes: Pass) -> None:
+    conv = small()
+    operands = leaves(conv)
+    numbers = replace(conv, mask=2.0 * conv.mask)
+    both = [run(each, passes, *operands) for each in (conv, numbers)]
+    assert torch.equal(*both)
+    for create_graph in (False, True):
+        one, other = (
+            torch.autograd.grad(y.square().sum(), operands, create_graph=create_graph)
+            for y in (run(each, passes, *operands) for each in (conv, numbers))
+        )
+        assert all(map(torch.equal, one, other))
 
 
 @pytest.mark.parametrize("passes", COMBINATIONS, ids=str)

@@ -74,7 +74,10 @@ def test_gradients_have_gradients() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck
 def test_operators_keep_the_rules_of_torch_library() -> None:
     weight, mask = draw((4, 6, 3, 3))
+    upstream = torch.randn_like(weight, requires_grad=True)
+    decay_gradient = torch.ops.spre_fx.decay_gradient.default
     torch.library.opcheck(torch.ops.spre_fx.mask_weight.default, (weight, mask))
+    torch.library.opcheck(decay_gradient, (upstream, weight, mask, 0.1))
     arguments = (torch.randn(4, 6, 3, 3), weight.detach(), mask, 0.1)
     torch.library.opcheck(torch.ops.spre_fx.decay_gradient.default, arguments)
 

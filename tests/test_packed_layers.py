@@ -153,7 +153,7 @@ def test_a_state_dict_of_other_masks_is_refused_by_torch():
         conv.load_state_dict(PackedConv2d.from_dense(sparse(nn.Conv2d(32, 16, 1))).state_dict())
 
 
-@pytest.mark.parametrize("channel", [-1, 16])
+@pytest.mark.parametrize("channel", [-1, 16, 0x43424140])
 @pytest.mark.parametrize(
     ("way", "place"),
     [

@@ -43,7 +43,12 @@ _NAMES = {
         for name in ("add", "mul", "relu", "threshold_backward", "where", "copy", "fill", "to")
         for suffix in ("", "_")
     ),
-    MASKS: (MASKS, "spre_fx::nm_mask", "spre_fx::unstructured_mask", "spre_fx::live_taps"),
+    MASKS: (
+        MASKS,
+        *(f"spre_fx::{name}" for name in ("nm_mask", "unstructured_mask", "live_taps")),
+        *("spre_fx::spre_mask", "spre_fx::spre_mask, backward", "spre_fx::update_mask"),
+        "spre_fx::signal_of_step",
+    ),
     "optimizer": ("Optimizer.step#SGD.step", "Optimizer.zero_grad#SGD.zero_grad"),
 }
 KIND = {name: kind for kind, names in _NAMES.items() for name in names}

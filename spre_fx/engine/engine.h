@@ -39,7 +39,7 @@ enum Type : int64_t { kFloat32 = 0, kBFloat16 = 1 };
 // lanes 2l and 2l + 1 belong to output l; channel_group is 32. Unused slots hold value 0, channel
 // 0. The non-zeros of an output are in the order of their channels. Where `parts` is 2 or 4
 // (float32, channel_group 16, a number of slots that it divides) each part of the slots holds those
-// of as large a part of the channel group, as it can for any pattern with M <= 8 or M <= 4: what
+// of as large a part of the channel group, as it can where M divides such a part: what
 // picks one of fewer channels is faster on shorter registers. With 4 parts a channel c is given by
 // the places of its four bytes, 4c to 4c + 3 from the lowest byte on, for shuffles of bytes. Where
 // `planar` is 1 (float32, one part), neighbouring pixels share registers instead of outputs:

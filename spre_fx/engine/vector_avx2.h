@@ -154,6 +154,6 @@ inline constexpr int kRegisters = 8;  // of 16 lanes
 inline constexpr int kMaxSums = 6;
 inline constexpr int kMaxBlocks = 1;  // the permutes read x from memory: more blocks share nothing
 inline constexpr int kMaxPixels = 6;
-inline constexpr int kReadOnceSums = 5;
+inline constexpr int kReadOnceSums = 5;  // what leaves registers for a shuffle
 
 }  // namespace spre
