@@ -267,7 +267,7 @@ def test_a_row_lasts_while_conditions_and_contenders_stay(script, module, tiny):
 def run(script, monkeypatch, rows: Path, *options: str) -> None:
     arguments = ["--rows", str(rows), "--models", "resnet18", "--batch", "2", "--pixels", "32"]
     arguments += ["--threads", "1", "--patterns", "1:16", "--rounds", "2", "--warm-up", "2"]
-    arguments += ["--profiled", "1", "--memory", "1", *options]
+    arguments += ["--profiled", "1", "--memory", "1", "--processes", "1", *options]
     monkeypatch.setattr(sys, "argv", [str(RUN), *arguments])
     script["main"]()
 

@@ -18,6 +18,7 @@ import datetime
 import itertools
 import json
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -52,12 +53,15 @@ class Effort:
         warm_up: Rounds before them, not timed: of those compiled, masks taken, memory allocated.
         profiled: Steps under the profiler.
         memory: Steps whose peak of memory is read.
+        processes: In which it is read, one after the other; the median counts, since what lies
+            where in memory differs from one to the next.
     """
 
     rounds: int = 15
     warm_up: int = 3
     profiled: int = 3
     memory: int = 3
+    processes: int = 3
 
     def __post_init__(self) -> None:
         for name, number in dataclasses.asdict(self).items():
@@ -106,9 +110,12 @@ def row_of(where: Setting, options: argparse.Namespace) -> dict[str, Any]:
     peaks: dict[str, int] = {}
     if where.mode == "eager":  # a compiler's own memory would hide that of the steps
         for name in row["milliseconds"]:
-            found = apart(where, options, "--memory-of", name)
-            peaks |= {name: found["peak_bytes"]} if "peak_bytes" in found else {}
-            row["failed"] |= found["failed"]
+            found = [
+                apart(where, options, "--memory-of", name) for _ in range(options.effort.processes)
+            ]
+            read = [each["peak_bytes"] for each in found if "peak_bytes" in each]
+            peaks |= {name: int(statistics.median(read))} if read else {}
+            row["failed"] |= {key: why for each in found for key, why in each["failed"].items()}
     return {
         "setting": dataclasses.asdict(where),
         "machine": inputs.machine_of(where.device),
@@ -184,14 +191,16 @@ def parse() -> argparse.Namespace:
     )
     for field in dataclasses.fields(Effort):
         name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(name, type=int, default=field.default, help="steps of a contender")
+        parser.add_argument(name, type=int, default=field.default, help="of a contender")
     parser.add_argument("--again", action="store_true", help="measure also what has a row")
     parser.add_argument("--rows", type=Path, default=HERE.parents[1] / "training.jsonl")
     parser.add_argument("--table", type=Path, help="default: beside --rows, ending in .md")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.effort = Effort(options.rounds, options.warm_up, options.profiled, options.memory)
+    options.effort = Effort(
+        **{field.name: getattr(options, field.name) for field in dataclasses.fields(Effort)}
+    )
     options.contenders = [
         name for name in contenders.CONTENDERS if name in {contenders.DENSE, *options.contenders}
     ]

@@ -92,8 +92,9 @@ momentum and weight decay. All contenders of a line's setting took turns in one 
 step, on the same random images. "step" and "over dense" are medians (quartiles) of the rounds; the
 latter of the ratios to the dense step of the same round, in the same mode. "reference" is SR-STE +
 SpRe as Algorithm 1 has it, in operations of torch. Mask updates are the share of a step, which
-torch.profiler saw in steps of their own, in eager mode. Peak memory is that of a process of its own
-above what was there before the model, in eager mode. Targets are those of {_networks()}.
+torch.profiler saw in steps of their own, in eager mode. Peak memory is that of processes that train
+nothing else, above what was there before the model, in eager mode: of one, or the median of three.
+Targets are those of {_networks()}.
 
 {sections}"""
 
