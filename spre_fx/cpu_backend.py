@@ -43,7 +43,7 @@ class CPUBackend:
         if layer.weight.dtype == torch.bfloat16 and (loaded is None or loaded.isa != _BFLOAT16):
             return "this CPU has no instructions for bfloat16 that the engine uses"
         why = f"computes the {pattern} non-zeros only"
-        quartered = loaded is not None and loaded.isa == _QUARTERED
+        quartered = shuffles_bytes()
         if isinstance(layer, nn.Linear):
             return [Lowered(PackedLinear.from_dense(layer, quartered=quartered), "cpu", why)]
         assert isinstance(layer, nn.Conv2d)
@@ -73,6 +73,12 @@ class CPUBackend:
             why = f"{packed.why}: expected to be {ratio:.1f} times as fast as dense"
             return Lowered(packed.module, packed.kind, why)
         return dense(layer, f"dense: expected to be faster than cpu, by {1 / ratio:.1f} times")
+
+
+def shuffles_bytes() -> bool:
+    """Whether kernels here are faster with quartered weights, where a pattern allows them."""
+    loaded = engine.load()
+    return loaded is not None and loaded.isa == _QUARTERED
 
 
 def predicted_ratio(layer: nn.Module, pattern: Pattern) -> float:

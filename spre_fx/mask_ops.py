@@ -9,7 +9,6 @@ waits for the device.
 from __future__ import annotations
 
 from math import prod
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spre_fx import native_masks
-from spre_fx.operators import operator, register_gradient
+from spre_fx.operators import operator, register_product
 from spre_fx.patterns import Pattern
 
 BITS = {
@@ -74,16 +73,7 @@ def spre_mask(nm: Tensor, live: Tensor) -> Tensor:
     return nm * torch.empty_like(nm[:1]).copy_(live)
 
 
-def _keep_taps(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
-    ctx.save_for_backward(inputs[1])
-
-
-def _spre_mask_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-    (live,) = ctx.saved_tensors
-    return spre_mask(gradient, live), None
-
-
-register_gradient("spre_mask", _spre_mask_gradient, _keep_taps)
+register_product("spre_mask")
 
 
 def nm_mask_by_torch(weight: Tensor, n: int, m: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spre_fx import native_masks
-from spre_fx.operators import operator, register_gradient
+from spre_fx.operators import operator, register_gradient, register_product
 
 
 def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
@@ -75,14 +75,5 @@ def _decay_gradient_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor
     return gradient, torch.where(mask, 0.0, ctx.decay * gradient), None, None
 
 
-def _save_mask(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
-    ctx.save_for_backward(inputs[1])
-
-
-def _mask_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-    (mask,) = ctx.saved_tensors
-    return masked_weight(gradient, mask), None
-
-
-register_gradient("mask_weight", _mask_gradient, _save_mask)
+register_product("mask_weight")
 register_gradient("decay_gradient", _decay_gradient_gradient, _save_mask_and_decay)

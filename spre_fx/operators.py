@@ -48,6 +48,22 @@ def operator(
     return register
 
 
+def register_product(name: str) -> None:
+    """Give an operator that multiplies two tensors its gradient in the first, none in the other.
+
+    That of f(x, m) = x * m, where f lays m out as x, is f(gradient, m).
+    """
+    product: Operator = getattr(torch.ops.spre_fx, name).default
+
+    def keep(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:  # noqa: ARG001
+        ctx.save_for_backward(inputs[1])
+
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return product(gradient, *ctx.saved_tensors), None
+
+    register_gradient(name, backward, keep)
+
+
 def register_gradient(
     name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> None:

@@ -106,11 +106,10 @@ def dense_runner(conv: nn.Conv2d, x: Tensor) -> Callable[[], Any]:
 
 def packed_runner(conv: nn.Conv2d, x: Tensor) -> Callable[[], Any]:
     """One packed layer of this library, with its ReLU."""
-    from spre_fx.engine import load  # noqa: PLC0415
+    from spre_fx.cpu_backend import shuffles_bytes  # noqa: PLC0415
     from spre_fx.packed_layers import PackedConv2d  # noqa: PLC0415
 
-    engine = load()
-    layer = PackedConv2d.from_dense(conv, quartered=engine is not None and engine.isa == "avx2")
+    layer = PackedConv2d.from_dense(conv, quartered=shuffles_bytes())
     layer.activation = "relu"
     return lambda: layer(x)
 

@@ -37,12 +37,15 @@ enum Type : int64_t { kFloat32 = 0, kBFloat16 = 1 };
 // channels, counted from the first of the channel group, that they multiply. float32: 16 lanes of
 // 4 bytes, lane l belongs to output l; channel_group is 16 or 32. bfloat16: 32 lanes of 2 bytes,
 // lanes 2l and 2l + 1 belong to output l; channel_group is 32. Unused slots hold value 0, channel
-// 0. The non-zeros of an output are in the order of their channels. Where `parts` is 2 or 4
-// (float32, channel_group 16, a number of slots that it divides) each part of the slots holds those
-// of as large a part of the channel group, as it can where M divides such a part: what
-// picks one of fewer channels is faster on shorter registers. With 4 parts a channel c is given by
-// the places of its four bytes, 4c to 4c + 3 from the lowest byte on, for shuffles of bytes. Where
-// `planar` is 1 (float32, one part), neighbouring pixels share registers instead of outputs:
+// 0. The non-zeros of an output are in the order of their channels.
+//
+// Where `parts` is 2 or 4 (float32, channel_group 16, a number of slots that it divides) each part
+// of the slots holds those of as large a part of the channel group, as it can where M divides such
+// a part: what picks one of fewer channels is faster on shorter registers. With 4 parts a channel c
+// is given by the places of its four bytes, 4c to 4c + 3 from the lowest byte on, for shuffles of
+// bytes.
+//
+// Where `planar` is 1 (float32, one part), neighbouring pixels share registers instead of outputs:
 //   [groups][O][ceil(C / channel_group)][kernel_h * kernel_w][slots][2]
 // with a value and its channel side by side.
 // Weights of kDenseConv: float32 [ceil(O / 16)][kernel_h][kernel_w * C][16], or bfloat16
