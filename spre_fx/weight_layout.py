@@ -18,6 +18,9 @@ A planar one, for kernels that take neighbouring pixels together instead of outp
 and has the shape
 
     (groups, O, ceil(C / channel_group), kH * kW, slots, 2)
+
+Weights of dense convolutions are float32 or bfloat16, laid out by `pack_dense`, `pack_depthwise`
+and `pack_winograd`.
 """
 
 from __future__ import annotations
@@ -255,6 +258,40 @@ def pack_depthwise(weight: Tensor) -> Tensor:
         `(kH * kW, ceil(C / 16) * 16)`, in the type of the weight.
     """
     return _pad_to(weight.detach().flatten(1), 0, BLOCK).t().contiguous()
+
+
+def pack_winograd(weight: Tensor, side: int) -> Tensor:
+    """Transform the filters of a dense 3x3 convolution for Winograd's minimal filtering.
+
+    `G w G^T` (Lavin and Gray, 1509.09308), computed in float64 and rounded once.
+
+    Args:
+        weight: `(C_out, C_in, 3, 3)`, float32.
+        side: Outputs on a side of a tile, 2 or 4.
+
+    Returns:
+        `(ceil(C_out / 16), side + 2, side + 2, C_in, 16)`, float32.
+    """
+    transform = torch.tensor(_filter_transform(side), dtype=torch.float64, device=weight.device)
+    filters = _pad_to(weight.detach().double(), 0, BLOCK).unflatten(0, (-1, BLOCK))
+    return torch.einsum("ik,bockl,jl->bijco", transform, filters, transform).float().contiguous()
+
+
+def _filter_transform(side: int) -> list[list[float]]:
+    """G, of the points that winograd_conv.h interpolates at.
+
+    A point p has the row (1, p, p^2) over the product of its distances to the others, and
+    infinity has (0, 0, 1).
+    """
+    others = (1.0,) if side == 2 else (0.5**0.5, 2**0.5)
+    points = [0.0, *(sign * point for point in others for sign in (1, -1))]
+    rows = []
+    for p in points:
+        distances = prod(p - other for other in points if other != p)
+        rows.append([1 / distances, p / distances, p * p / distances])
+    if side == 2:  # winograd_conv.h has the signs that spare it a negation
+        rows[0] = [-each for each in rows[0]]
+    return [*rows, [0.0, 0.0, 1.0]]
 
 
 def _choose(weight: Tensor, planar: bool, quartered: bool) -> Layout:

@@ -331,6 +331,29 @@ def dense_conv(draw: Draw) -> Case:
     return case(draw, Kind.DENSE_CONV, x, sums, weight=packed, bias=padded, **w)
 
 
+def winograd_conv(draw: Draw) -> Case:
+    """Of finite float32 numbers: what is not finite reaches all outputs of its tile."""
+    draw.dtype, draw.finite = torch.float32, True
+    w = dict.fromkeys(("kernel_h", "kernel_w"), 3)
+    w |= {f"{name}_{axis}": 1 for name in ("stride", "dilation") for axis in "hw"}
+    w["batch"] = draw.one_of(1, 1, 2, 3)
+    for axis, size in (("h", "height"), ("w", "width")):
+        w[f"padding_{axis}"] = draw.one_of(0, 1, 1, 2, 4)
+        w[size] = max(1, 3 - 2 * w[f"padding_{axis}"]) + draw.random.randrange(14)
+        w[f"out_{size}"] = w[size] + 2 * w[f"padding_{axis}"] - 2
+    inputs, outputs = draw.one_of(1, 3, 16, 20, 33, 64), draw.one_of(1, 8, 16, 24, 40, 64, 80, 100)
+    side = draw.one_of(2, 4)
+    fields = {"winograd": side}
+    if draw.chance():
+        fields |= {"tile_pixels": draw.one_of(1, 3, 7, 14), "split": draw.one_of(1, 2, 3)}
+    weight = draw.normal(outputs, inputs, 3, 3)
+    x = image(draw, w, inputs)
+    bias, padded = a_bias(draw, outputs)
+    sums = F.conv2d(x.values.double(), weight.double(), bias, **sizes(w, "padding"))
+    packed = weight_layout.pack_winograd(weight, side)
+    return case(draw, Kind.WINOGRAD_CONV, x, sums, weight=packed, bias=padded, **w, **fields)
+
+
 def depthwise_conv(draw: Draw) -> Case:
     w = draw.window()
     channels = draw.one_of(1, 3, 8, 16, 17, 32, 40, 100)
@@ -396,7 +419,7 @@ def copy(draw: Draw) -> Case:
 KINDS: dict[str, Callable[[Draw], Case]] = {
     each.__name__: each
     for each in (
-        *(sparse_conv, planar_conv, dense_conv, depthwise_conv),
+        *(sparse_conv, planar_conv, dense_conv, winograd_conv, depthwise_conv),
         *(max_pool, average_pool, affine, copy),
     )
 }

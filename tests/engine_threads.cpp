@@ -31,6 +31,7 @@ int number() { return thread_number; }
 int count() { return thread_count; }
 
 constexpr int64_t kChannels = 48, kSide = 11, kSlots = 4, kTaps = 9;
+constexpr int64_t kFilters = 36;  // transformed ones of 9 taps
 constexpr int64_t kNumbers = kChannels * kSide * kSide;
 
 Step step(int64_t kind, int64_t x, int64_t y, int64_t weight) {
@@ -59,7 +60,7 @@ std::vector<float> run(int64_t threads, unsigned seed) {
   const auto lines = [](int64_t numbers) { return std::vector<Line>(numbers / 16 + 1); };
   std::vector<std::vector<Line>> memory = {
       lines(kNumbers), lines(kNumbers), lines(kChannels * kChannels / 16 * kTaps * kSlots * 2),
-      lines(kTaps * kChannels * kChannels), lines(kTaps * kChannels)};
+      lines(kFilters * kChannels * kChannels), lines(kTaps * kChannels)};
   std::vector<void*> buffers;
   for (auto& each : memory) {
     for (Line& line : each)
@@ -78,7 +79,10 @@ std::vector<float> run(int64_t threads, unsigned seed) {
       step(spre::kMaxPool, 0, 1, -1),     step(spre::kDenseConv, 1, 0, 3),
       step(spre::kAveragePool, 0, 1, -1), step(spre::kAffine, 1, 0, -1),
       step(spre::kSparseConv, 0, 1, 2),   step(spre::kCopy, 1, 0, -1),
+      step(spre::kWinogradConv, 0, 1, 3), step(spre::kWinogradConv, 1, 0, 3),
   };
+  steps[8].winograd = 4;
+  steps[9].winograd = 2;
   for (size_t i : {5u, 7u})
     steps[i].kernel_h = steps[i].kernel_w = 1, steps[i].padding_h = steps[i].padding_w = 0;
   steps[6].residual = 1;  // in place

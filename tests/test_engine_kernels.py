@@ -48,7 +48,7 @@ def test_what_training_asks_for_is_what_torch_computes(each_engine, call, thread
         CALLS[call](each_engine, 100 * threads + seed, threads)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "winograd_conv"])
 def test_what_is_not_finite_passes_through_as_in_torch(each_engine, kind):
     cases = [
         KINDS[kind](Draw(seed, dtype, finite=False))
@@ -58,6 +58,34 @@ def test_what_is_not_finite_passes_through_as_in_torch(each_engine, kind):
     assert sum(not bool(case.expected.isfinite().all()) for case in cases) > len(cases) / 2
     for case in cases:
         case.run(each_engine, 1)
+
+
+@pytest.mark.parametrize("side", [2, 4])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_winograd_keeps_what_is_not_finite_within_its_tiles(each_engine, side, value):
+    case = KINDS["winograd_conv"](Draw(3, torch.float32))
+    weight = torch.randn(16, 16, 3, 3)
+    x = torch.zeros(1, 12, 12, 16)
+    x[0, 5, 5, 7] = value
+    y = torch.full((1, 12, 12, 16), 3.0)
+    packed = weight_layout.pack_winograd(weight, side)
+    step = case.step
+    step.x, step.y, step.weight, step.bias, step.residual = 0, 1, 2, -1, -1
+    step.x_offset = step.y_offset = step.tile_pixels = 0
+    step.batch, step.height, step.width, step.out_height, step.out_width = 1, 12, 12, 12, 12
+    step.channels = step.out_channels = step.x_stride = step.y_stride = 16
+    step.padding_h = step.padding_w = 1
+    step.winograd, step.activation = side, Activation.IDENTITY
+    memories = [*map(fenced, (x, y, packed))]
+    steps = engine.program([step])
+    scratch = Fenced(-(-each_engine.scratch(steps, 1) // 64) * 64)
+    each_engine.run(steps, [memory.address for memory in memories], scratch.address, 1)
+    finite = memories[1].bytes.view(torch.float32).view(12, 12, 16).isfinite().all(2)
+    assert not finite[4:7, 4:7].any()
+    touched = torch.zeros(12 // side, 12 // side, dtype=torch.bool)
+    touched[4 // side : 6 // side + 1, 4 // side : 6 // side + 1] = True
+    tiles = finite.unfold(0, side, side).unfold(1, side, side).flatten(2)
+    assert torch.equal(~tiles.all(2), touched)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -96,6 +124,15 @@ def test_activations_at_the_ends_of_their_range(each_engine, activation, x):
         (len(Kind), {}),
         (Kind.DENSE_CONV, {"dilation_w": 2}),
         (Kind.DENSE_CONV, {"groups": 2}),
+        (Kind.WINOGRAD_CONV, {"winograd": 2}),
+        (Kind.WINOGRAD_CONV, {"winograd": 3, "kernel_h": 3, "kernel_w": 3}),
+        (Kind.WINOGRAD_CONV, {"winograd": 4, "kernel_h": 3, "kernel_w": 3, "stride_h": 2}),
+        (Kind.WINOGRAD_CONV, {"winograd": 4, "kernel_h": 3, "kernel_w": 3, "dilation_w": 2}),
+        (Kind.WINOGRAD_CONV, {"winograd": 4, "kernel_h": 3, "kernel_w": 3, "groups": 2}),
+        (
+            Kind.WINOGRAD_CONV,
+            {"winograd": 4, "kernel_h": 3, "kernel_w": 3, "type": Type.BFLOAT16},
+        ),
         (Kind.SPARSE_CONV, {"channel_group": 8}),
         (Kind.SPARSE_CONV, {"channel_group": 16, "parts": 0}),
         (Kind.SPARSE_CONV, {"channel_group": 16, "slots": 3, "parts": 3}),

@@ -15,6 +15,7 @@ from spre_fx.weight_layout import (
     pack_bias,
     pack_dense,
     pack_depthwise,
+    pack_winograd,
     padded_outputs,
     unpack,
     unpack_bias,
@@ -242,6 +243,21 @@ def test_dense_weights(dtype, pairs):
         assert found == weight[output, channel, u, v]
     assert packed[1, :, :, 4:].count_nonzero() == 0
     assert packed.count_nonzero() == weight.count_nonzero()
+
+
+@pytest.mark.parametrize("side", [2, 4])
+def test_filters_transformed_for_winograd(side):
+    weight = torch.randn(20, 3, 3, 3)
+    packed = pack_winograd(weight, side)
+    assert packed.shape == (2, side + 2, side + 2, 3, 16)
+    assert packed.dtype == torch.float32
+    assert packed.is_contiguous()
+    assert packed[1, :, :, :, 4:].count_nonzero() == 0
+    # The points 0 and infinity are rows of their own, which only read the taps at the corners.
+    for output, channel in ((0, 0), (17, 2)):
+        filters = packed[output // 16, :, :, channel, output % 16]
+        corners = weight[output, channel, ::2, ::2]
+        assert torch.equal(filters[:: side + 1, :: side + 1], corners)
 
 
 def test_depthwise_weights():

@@ -78,11 +78,32 @@ __attribute__((noinline)) void dense_kernel(const DenseTile<typename Numbers::El
                             tile.bias, tile.activation, tile.lanes);
 }
 
+// The kernels there are: as many sums as stay in registers.
+template <class Numbers>
+struct DenseKernels {
+  static constexpr int64_t kMostBlocks = kRegisters >= 32 ? 4 : 1;
+  static constexpr int64_t kMostPixels = 6;
+
+  // For one block of outputs, or the most.
+  static DenseKernel<Numbers> pick(int64_t blocks, int64_t pixels) {
+    const auto all = std::make_integer_sequence<int, kMostPixels>();
+    return blocks == 1 ? pick_pixels<1>(pixels, all) : pick_pixels<kMostBlocks>(pixels, all);
+  }
+
+ private:
+  template <int Blocks, int... PixelsLessOne>
+  static DenseKernel<Numbers> pick_pixels(int64_t pixels,
+                                          std::integer_sequence<int, PixelsLessOne...>) {
+    static constexpr DenseKernel<Numbers> kTable[] = {
+        dense_kernel<Numbers, Blocks, PixelsLessOne + 1>...};
+    return kTable[pixels - 1];
+  }
+};
+
 template <class Numbers>
 struct DenseConv {
   using X = typename Numbers::Element;
-  static constexpr int64_t kMostBlocks = kRegisters >= 32 ? 4 : 1;
-  static constexpr int64_t kMostPixels = kRegisters >= 32 ? 6 : 4;
+  using Kernels = DenseKernels<Numbers>;
 
   explicit DenseConv(const Step& step)
       : s(step),
@@ -105,7 +126,7 @@ struct DenseConv {
       const auto [image, row, count] = rows[tile];
       pack(x + image * s.height * s.width * s.x_stride, row, count, packed);
       for (int64_t block = 0; block < blocks;) {
-        const int64_t now = blocks - block >= kMostBlocks ? kMostBlocks : 1;
+        const int64_t now = blocks - block >= Kernels::kMostBlocks ? Kernels::kMostBlocks : 1;
         for (int64_t r = 0; r < count; ++r) {
           const int64_t pixel = (image * s.out_height + row + r) * s.out_width;
           run_row(now, block, packed + r * s.stride_h * row_stride, pixel, y, residual, weight,
@@ -150,7 +171,7 @@ struct DenseConv {
     t.activation = s.activation;
     t.lanes =
         static_cast<int>(std::min<int64_t>(kLanes, s.out_channels - (block + count - 1) * kLanes));
-    const int64_t parts = ceil_div(s.out_width, kMostPixels);
+    const int64_t parts = ceil_div(s.out_width, Kernels::kMostPixels);
     for (int64_t i = 0; i < parts; ++i) {
       const int64_t begin = s.out_width * i / parts, width = s.out_width * (i + 1) / parts - begin;
       t.x = x + begin * t.pixel_step;
@@ -158,21 +179,8 @@ struct DenseConv {
       t.residual = residual == nullptr
                        ? nullptr
                        : residual + (pixel + begin) * s.residual_stride + block * kLanes;
-      (count == 1 ? pick<1>(width) : pick<kMostBlocks>(width))(t);
+      Kernels::pick(count, width)(t);
     }
-  }
-
-  template <int Blocks>
-  static DenseKernel<Numbers> pick(int64_t pixels) {
-    return pick_pixels<Blocks>(pixels, std::make_integer_sequence<int, kMostPixels>());
-  }
-
-  template <int Blocks, int... PixelsLessOne>
-  static DenseKernel<Numbers> pick_pixels(int64_t pixels,
-                                          std::integer_sequence<int, PixelsLessOne...>) {
-    static constexpr DenseKernel<Numbers> kTable[] = {
-        dense_kernel<Numbers, Blocks, PixelsLessOne + 1>...};
-    return kTable[pixels - 1];
   }
 
   const Step& s;

@@ -14,9 +14,10 @@ enum Kind : int64_t {
   kDenseConv = 1,      // without groups and dilation: the stem, and layers left dense
   kDepthwiseConv = 2,  // one filter a channel
   kMaxPool = 3,
-  kAveragePool = 4,  // the divisor is the number of taps, or of those inside where count_inside
-  kAffine = 5,       // y = activation(x * scale + bias + residual), scale and residual optional
-  kCopy = 6,         // x to y, pixel by pixel: concatenation where it cannot be avoided
+  kAveragePool = 4,   // the divisor is the number of taps, or of those inside where count_inside
+  kAffine = 5,        // y = activation(x * scale + bias + residual), scale and residual optional
+  kCopy = 6,          // x to y, pixel by pixel: concatenation where it cannot be avoided
+  kWinogradConv = 7,  // a dense 3x3 conv, without groups, dilation and strides; float32
 };
 
 enum Activation : int64_t {
@@ -50,6 +51,8 @@ enum Type : int64_t { kFloat32 = 0, kBFloat16 = 1 };
 // with a value and its channel side by side.
 // Weights of kDenseConv: float32 [ceil(O / 16)][kernel_h][kernel_w * C][16], or bfloat16
 // [ceil(O / 16)][kernel_h][ceil(kernel_w * C / 2)][16][2], a lone last number beside a zero.
+// Weights of kWinogradConv: float32 [ceil(O / 16)][side + 2][side + 2][C][16], the transformed
+// filters of tiles with `winograd` outputs a side, 2 or 4.
 // Weights of kDepthwiseConv: [kernel_h * kernel_w][ceil(C / 16) * 16]; of kAffine: the scale, [C],
 // always float32.
 // Bias is always float32, padded with zeros to a multiple of 16 outputs (per group).
@@ -68,10 +71,12 @@ struct Step {
   int64_t activation;
   int64_t count_inside;
   int64_t slots, channel_group, parts, planar;
+  int64_t winograd;
   // How the work is cut, for experiments and tests. 0 in tile_pixels (of kDenseConv in tile_rows,
   // which is all that it looks at): the engine's own rule chooses all of these.
   int64_t tile_blocks;  // blocks of 16 outputs held in registers
-  int64_t tile_pixels;  // pixels held in registers; planar: registers of pixels
+  int64_t tile_pixels;  // pixels held in registers; planar: registers of pixels; of kWinogradConv:
+                        // tiles that are transformed at once
   int64_t tile_rows;    // output rows (1x1: times out_width pixels) packed at once
   int64_t split;        // parts that the outputs are divided into among threads
   int64_t direct;  // 1: x is not packed. Only 1x1 without padding, C / groups % channel_group == 0

@@ -18,6 +18,7 @@ class Kind(IntEnum):
     AVERAGE_POOL = 4
     AFFINE = 5
     COPY = 6
+    WINOGRAD_CONV = 7
 
 
 class Activation(IntEnum):
@@ -49,7 +50,7 @@ _FIELDS = (
     *("kernel_h", "kernel_w", "stride_h", "stride_w"),
     *("padding_h", "padding_w", "dilation_h", "dilation_w"),
     *("groups", "activation", "count_inside"),
-    *("slots", "channel_group", "parts", "planar"),
+    *("slots", "channel_group", "parts", "planar", "winograd"),
     *("tile_blocks", "tile_pixels", "tile_rows", "split", "direct"),
 )
 

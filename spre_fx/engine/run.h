@@ -10,6 +10,7 @@
 #include "sparse_conv.h"
 #include "tiling.h"
 #include "window.h"
+#include "winograd_conv.h"
 
 namespace spre {
 
@@ -39,6 +40,9 @@ struct Runner {
             s, [&](auto traits) { return SparseConv<decltype(traits)>(s).scratch_bytes(); });
       case kDenseConv:
         return DenseConv<Dense>(s).scratch_bytes();
+      case kWinogradConv:
+        return s.winograd == 2 ? WinogradConv<2>(s).scratch_bytes()
+                               : WinogradConv<4>(s).scratch_bytes();
       default:
         return 0;
     }
@@ -61,6 +65,12 @@ struct Runner {
         });
       case kDenseConv:
         return DenseConv<Dense>(s).run(x, y, residual, weight, bias, worker);
+      case kWinogradConv:
+        if constexpr (std::is_same_v<X, float>) {
+          if (s.winograd == 2) return WinogradConv<2>(s).run(x, y, residual, weight, bias, worker);
+          return WinogradConv<4>(s).run(x, y, residual, weight, bias, worker);
+        }
+        return;
       case kDepthwiseConv:
         return WindowStep<DepthwiseWindow, X>(s).run(x, y, residual, weight, bias, worker);
       case kMaxPool:
@@ -126,7 +136,7 @@ inline void work(const Job& job, int64_t thread, int64_t threads) {
 
 }  // namespace spre
 
-SPRE_EXPORT int64_t spre_version() { return 6; }
+SPRE_EXPORT int64_t spre_version() { return 7; }
 
 SPRE_EXPORT const char* spre_isa() { return spre::kIsa; }
 
@@ -151,8 +161,9 @@ SPRE_EXPORT int64_t spre_takes(const spre::Step* step) {
   const bool bfloat16 = false;
 #endif
   if (s.type != spre::kFloat32 && !bfloat16) return 0;
-  if (s.kind < spre::kSparseConv || s.kind > spre::kCopy) return 0;
+  if (s.kind < spre::kSparseConv || s.kind > spre::kWinogradConv) return 0;
   if (s.kind == spre::kDenseConv) return s.groups == 1 && s.dilation_w == 1 && s.dilation_h == 1;
+  if (s.kind == spre::kWinogradConv) return !bfloat16 && spre::winograd_takes(s);
   if (s.kind != spre::kSparseConv) return 1;
   if (s.parts != 1 && s.parts != 2 && s.parts != 4) return 0;
   if (s.planar) return !bfloat16 && s.parts == 1 && !s.direct;

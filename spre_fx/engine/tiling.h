@@ -15,9 +15,27 @@ inline constexpr int64_t kPackedBytes = 256 << 10;
 inline constexpr int64_t kPlanarRegisters = 12;
 inline constexpr int64_t kPlanarPixels = 96;  // that are worth a tile of their own
 
+inline constexpr int64_t kLeastWinogradTiles = 12;  // that weights are worth being read for
+
 // How many threads the rows of one image are for.
 inline int64_t sharers_of_image(const Step& s, int64_t threads) {
   return ceil_div(threads, std::max<int64_t>(1, s.batch));
+}
+
+// The tiles of outputs that a Winograd conv cuts the images of a batch into.
+inline int64_t winograd_tiles(const Step& s) {
+  return s.batch * ceil_div(s.out_height, s.winograd) * ceil_div(s.out_width, s.winograd);
+}
+
+// Threads share the tiles or, where there are too few of them, the outputs.
+inline Step with_winograd_tile(Step s, int64_t threads) {
+  const int64_t tiles = std::max<int64_t>(1, winograd_tiles(s)), points = s.winograd + 2;
+  const int64_t a_tile = points * points * round_up(s.channels, kLanes) * int64_t{sizeof(float)};
+  const int64_t stretches = ceil_div(tiles, std::max(kLeastWinogradTiles, kPackedBytes / a_tile));
+  const bool few = tiles < threads * kLeastWinogradTiles;
+  s.tile_pixels = ceil_div(tiles, few ? stretches : round_up(stretches, threads));
+  s.split = few ? threads : 1;
+  return s;
 }
 
 // Sparse convs. A 1x1 conv reads each input once for each block of outputs: many blocks at few
@@ -25,6 +43,7 @@ inline int64_t sharers_of_image(const Step& s, int64_t threads) {
 // share a pass over the weights.
 inline Step with_tile(const Step& step, int64_t threads) {
   Step s = step;
+  if (s.kind == kWinogradConv && s.tile_pixels == 0) return with_winograd_tile(s, threads);
   if (s.kind == kDenseConv && s.tile_rows == 0) {
     const int64_t fitting = std::max<int64_t>(1, ceil_div(s.out_height, 8));
     const int64_t tiles = round_up(fitting, sharers_of_image(s, threads));

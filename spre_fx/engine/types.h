@@ -47,6 +47,11 @@ inline bool one_tap(const Step& s) {
 // Whether each output pixel reads the input pixel of its own place, so that rows do not matter.
 inline bool is_flat(const Step& s) { return one_tap(s) && s.stride_h == 1 && s.stride_w == 1; }
 
+inline bool winograd_takes(const Step& s) {
+  const bool plain = s.groups == 1 && s.stride_h * s.stride_w * s.dilation_h * s.dilation_w == 1;
+  return plain && s.kernel_h == 3 && s.kernel_w == 3 && (s.winograd == 2 || s.winograd == 4);
+}
+
 // The output rows of a step, cut into tiles of at most `unit` rows of one image.
 class RowTiles {
  public:

@@ -20,6 +20,9 @@ SPRE_INLINE Floats broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_p
 SPRE_INLINE Floats add(Floats a, Floats b) {
   return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
 }
+SPRE_INLINE Floats sub(Floats a, Floats b) {
+  return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)};
+}
 SPRE_INLINE Floats mul(Floats a, Floats b) {
   return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
 }

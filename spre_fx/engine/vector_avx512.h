@@ -22,6 +22,7 @@ struct Floats {
 SPRE_INLINE Floats zeros() { return {_mm512_setzero_ps()}; }
 SPRE_INLINE Floats broadcast(float x) { return {_mm512_set1_ps(x)}; }
 SPRE_INLINE Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+SPRE_INLINE Floats sub(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
 SPRE_INLINE Floats mul(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
 SPRE_INLINE Floats div(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
 // The larger (smaller) of the two, b where either is NaN: max(bound, x) lets a NaN of x through.

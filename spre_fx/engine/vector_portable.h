@@ -35,6 +35,9 @@ SPRE_INLINE Floats zeros() { return broadcast(0.f); }
 SPRE_INLINE Floats add(Floats a, Floats b) {
   return quads([&](int i) { return a.v[i] + b.v[i]; });
 }
+SPRE_INLINE Floats sub(Floats a, Floats b) {
+  return quads([&](int i) { return a.v[i] - b.v[i]; });
+}
 SPRE_INLINE Floats mul(Floats a, Floats b) {
   return quads([&](int i) { return a.v[i] * b.v[i]; });
 }
