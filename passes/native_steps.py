@@ -21,12 +21,13 @@ from torch.nn import functional as F
 
 from spre_fx.batch_norm import affine
 from spre_fx.engine import Kind, Step
+from spre_fx.layer_steps import layer_step, window_fields
 from spre_fx.packed_layers import PackedConv2d, PackedLinear
 from spre_fx.packed_ops import ACTIVATIONS, TYPES
 from spre_fx.passes.activations import activation_of, in_place
 from spre_fx.passes.graph_view import GraphView
 from spre_fx.subclasses import plain_base
-from spre_fx.weight_layout import pack_bias, pack_dense, pack_depthwise
+from spre_fx.weight_layout import pack_bias
 
 
 @dataclass(frozen=True)
@@ -184,19 +185,6 @@ def _copy(step: Step) -> Step:
     return copied
 
 
-def _window(layer: Any) -> dict[str, int]:
-    """The fields of a kernel that slides over an image."""
-    found = {}
-    for name in ("kernel_size", "stride", "padding", "dilation"):
-        field = "kernel" if name == "kernel_size" else name
-        found[f"{field}_h"], found[f"{field}_w"] = _pair(getattr(layer, name, 1))
-    return found
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
 def _source(node: Node, values: Values) -> Node | None:
     """The first argument, where it is a tensor of a type that the engine knows, like the result."""
     source = node.args[0] if node.args else None
@@ -216,24 +204,20 @@ def _packed(view: GraphView, node: Node, values: Values) -> Operation | None:
     if isinstance(residual, Node) and values[residual] != values[node]:
         return None
     added = None if residual is None else values[node].stand_in()
-    step = layer.step(values[source].stand_in(), added)
-    return Operation(step, node, source, residual, layer.packed, layer.bias)
+    made = layer_step(layer, values[source].stand_in(), added)
+    assert made is not None
+    return Operation(made.step, node, source, residual, made.weight, made.bias)
 
 
 def _conv(view: GraphView, node: Node, values: Values) -> Operation | None:
     conv: Any = view.module_of(node)
     source = _source(node, values)
-    if source is None or len(values[source].shape) != 4 or len(node.args) > 1 or node.kwargs:
+    if source is None or len(node.args) > 1 or node.kwargs:
         return None
-    zeros = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1
-    dense = conv.groups == 1 and _pair(conv.dilation) == (1, 1)
-    if not zeros or not (depthwise or dense) or conv.weight.dtype != values[node].dtype:
-        return None
-    kind = Kind.DEPTHWISE_CONV if depthwise else Kind.DENSE_CONV
-    step = _step(kind, values[source], values[node], **_window(conv))
-    weight = (pack_depthwise if depthwise else pack_dense)(conv.weight)
-    return Operation(step, node, source, None, weight, pack_bias(conv.bias))
+    made = layer_step(conv, values[source].stand_in())
+    return (
+        None if made is None else Operation(made.step, node, source, None, made.weight, made.bias)
+    )
 
 
 def _batch_norm(view: GraphView, node: Node, values: Values) -> Operation | None:
@@ -281,12 +265,12 @@ def _pool(pool: Any, node: Node, values: Values) -> Operation | None:
     if isinstance(pool, nn.MaxPool2d):
         if pool.return_indices:
             return None
-        step = _step(Kind.MAX_POOL, values[source], values[node], **_window(pool))
+        step = _step(Kind.MAX_POOL, values[source], values[node], **window_fields(pool))
         return Operation(step, node, source)
     padded = pool.count_include_pad
     if pool.divisor_override is not None or (padded and pool.ceil_mode):
         return None
-    window = _window(pool) | {"count_inside": int(not padded)}
+    window = window_fields(pool) | {"count_inside": int(not padded)}
     step = _step(Kind.AVERAGE_POOL, values[source], values[node], **window)
     return Operation(step, node, source)
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from spre_fx.engine import Step
+from spre_fx.engine import Kind, Step
 from spre_fx.errors import ModelError, OptionError
 from spre_fx.packed_ops import ACTIVATIONS, Pair, conv2d_step, linear_step
 from spre_fx.weight_layout import (
@@ -22,6 +23,7 @@ from spre_fx.weight_layout import (
     layout,
     pack,
     pack_bias,
+    pack_winograd,
     packable,
     unpack,
     unpack_bias,
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _Dense = TypeVar("_Dense", nn.Conv2d, nn.Linear)
+# Of each layer that has any: what they were made of, and transformed filters, which all programs
+# of a graph share.
+_transformed: WeakKeyDictionary[nn.Module, tuple[object, Tensor]] = WeakKeyDictionary()
 
 
 def refusal(layer: nn.Module) -> str | None:
@@ -49,6 +54,19 @@ def refusal(layer: nn.Module) -> str | None:
             "expected as much padding on either side, found padding='same' with a kernel of "
             f"{layer.kernel_size} and dilation {layer.dilation}."
         )
+    return None
+
+
+def winograd_refusal(layer: nn.Conv2d | PackedConv2d) -> str | None:
+    """Why Winograd's filtering cannot compute a convolution, in a sentence; None where it can."""
+    dtype = layer.weight.dtype if isinstance(layer, nn.Conv2d) else layer.dtype
+    if (dtype, layer.kernel_size, layer.groups) != (torch.float32, (3, 3), 1):
+        return (
+            "expected a float32 weight with a kernel of (3, 3) in 1 group, found "
+            f"{dtype} with {layer.kernel_size} in {layer.groups}."
+        )
+    if (*layer.stride, *layer.dilation) != (1, 1, 1, 1):
+        return f"expected a stride and dilation of 1, found {layer.stride} and {layer.dilation}."
     return None
 
 
@@ -174,9 +192,12 @@ class PackedConv2d(_Packed):
             rather than outputs; of float32.
         quartered: Whether it is packed for kernels that shuffle bytes, where its non-zeros allow
             it.
+        winograd: Outputs on a side of the tiles, 2 or 4, in which a planned graph computes the
+            dense convolution by Winograd's minimal filtering; 0: it computes the non-zeros. Calls
+            of the layer itself always do that. `winograd_refusal` says what has to be given.
 
     Raises:
-        ModelError: If the weight is of another type.
+        ModelError: If the weight is of another type, or there are no such tiles of the convolution.
         OptionError: If there is no such activation.
     """
 
@@ -192,6 +213,7 @@ class PackedConv2d(_Packed):
         activation: str | None = None,
         planar: bool = False,
         quartered: bool = False,
+        winograd: int = 0,
     ) -> None:
         super().__init__(
             weight,
@@ -204,10 +226,18 @@ class PackedConv2d(_Packed):
         self.stride = stride
         self.padding = padding
         self.dilation = dilation
+        self.winograd = winograd
+        if winograd and (reason := winograd_refusal(self)) is not None:
+            raise ModelError(f"Winograd's filtering cannot compute the layer: {reason}")
 
     @classmethod
     def from_dense(
-        cls, conv: nn.Conv2d, *, planar: bool = False, quartered: bool = False
+        cls,
+        conv: nn.Conv2d,
+        *,
+        planar: bool = False,
+        quartered: bool = False,
+        winograd: int = 0,
     ) -> PackedConv2d:
         """Pack a convolution, which is left as it is.
 
@@ -225,6 +255,7 @@ class PackedConv2d(_Packed):
             groups=conv.groups,
             planar=planar,
             quartered=quartered,
+            winograd=winograd,
         )
 
     def to_dense(self) -> nn.Conv2d:
@@ -260,7 +291,20 @@ class PackedConv2d(_Packed):
 
     def step(self, x: Tensor, residual: Tensor | None = None) -> Step:
         """What `forward` does, as a step of a program; only the shapes of the tensors count."""
-        return conv2d_step(x, self.packed, self.bias, residual, *self._how())
+        step = conv2d_step(x, self.packed, self.bias, residual, *self._how())
+        if self.winograd:
+            step.kind, step.winograd = Kind.WINOGRAD_CONV, self.winograd
+        return step
+
+    def step_weight(self) -> Tensor:
+        """The weight that `step` reads: the packed one, or what was made of it as it is now."""
+        if not self.winograd:
+            return self.packed
+        known, packed = _transformed.get(self), self.packed
+        key = packed.data_ptr(), None if packed.is_inference() else packed._version, self.winograd
+        if known is None or known[0] != key or packed.is_inference():
+            known = _transformed[self] = key, pack_winograd(self.dense_weight(), self.winograd)
+        return known[1]
 
     def _how(self) -> tuple[Any, ...]:
         return (
@@ -272,7 +316,8 @@ class PackedConv2d(_Packed):
         options = [f"kernel_size={self.kernel_size}", f"stride={self.stride}"]
         options += [f"padding={self.padding}"] * (self.padding != (0, 0))
         options += [f"dilation={self.dilation}"] * (self.dilation != (1, 1))
-        return options + [f"groups={self.groups}"] * (self.groups != 1)
+        options += [f"groups={self.groups}"] * (self.groups != 1)
+        return options + [f"winograd={self.winograd}"] * (self.winograd != 0)
 
 
 class PackedLinear(_Packed):
@@ -348,6 +393,10 @@ class PackedLinear(_Packed):
         """What `forward` does, as a step of a program; only the shapes of the tensors count."""
         how = (self.in_channels, self.out_channels, self.activation)
         return linear_step(x, self.packed, self.bias, residual, *how)
+
+    def step_weight(self) -> Tensor:
+        """The weight that `step` reads."""
+        return self.packed
 
 
 def _padding(conv: nn.Conv2d) -> Pair | None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import spre_fx
 from spre_fx import engine
-from spre_fx.packed_layers import PackedConv2d, PackedLinear
+from spre_fx.packed_layers import PackedConv2d, PackedLinear, winograd_refusal
 from spre_fx.passes import FuseEpilogues, trace
 from spre_fx.passes.edit import replace_module
 from spre_fx.passes.planned_graph import PlannedGraphModule, planned
@@ -120,13 +120,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 over_models = pytest.mark.parametrize(("build", "shape"), MODELS.values(), ids=MODELS)
 
 
-def graph_of(model: nn.Module) -> GraphModule:
+def graph_of(model: nn.Module, winograd: int = 0) -> GraphModule:
     """The fused graph of a model, with convs and linears of 8 inputs and more packed."""
     torch.manual_seed(0)
     graph_module = trace(randomise(model).eval())
     for name, layer in list(graph_module.named_modules()):
         if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.in_channels >= 8:
-            replace_module(graph_module, name, PackedConv2d.from_dense(layer))
+            side = winograd if winograd_refusal(layer) is None else 0
+            replace_module(graph_module, name, PackedConv2d.from_dense(layer, winograd=side))
         elif isinstance(layer, nn.Linear):
             replace_module(graph_module, name, PackedLinear.from_dense(layer))
     return FuseEpilogues()(graph_module.requires_grad_(False)).graph_module
@@ -163,6 +164,47 @@ def test_a_program_agrees_with_float64(build: type[nn.Module], shape: tuple[int,
     for one, other in zip(leaves(found), leaves(exact), strict=True):
         if isinstance(one, Tensor):
             torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+
+
+@over_models
+@pytest.mark.parametrize("side", [2, 4])
+def test_programs_with_winograds_filtering_agree_with_float64(
+    build: type[nn.Module], shape: tuple[int, ...], side: int
+) -> None:
+    gm = graph_of(build(), side)
+    x = torch.randn(shape)
+    exact = spre_fx.to_dense(gm).double()(x.double())
+    program = planned(gm)
+    found = program(x)
+    leaves = torch.utils._pytree.tree_leaves
+    for one, other in zip(leaves(found), leaves(exact), strict=True):
+        if isinstance(one, Tensor):
+            torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+    kinds = {row.kind.partition(" + ")[0] for row in program.plan(x).rows}
+    assert ("winograd conv" in kinds) is (build is not MobileNet)
+
+
+def test_programs_see_new_weights_behind_transformed_filters() -> None:
+    program, x = planned(graph_of(ResNet(), 4)), torch.randn(1, 3, 40, 40)
+    before = program(x)
+    filters = {id(layer.step_weight()) for layer in program.modules() if has_filters(layer)}
+    program(x[:, :, :32])  # another program reads the same
+    again = {id(layer.step_weight()) for layer in program.modules() if has_filters(layer)}
+    assert len(filters) == 3
+    assert again == filters
+    state = {name: value.clone() for name, value in program.state_dict().items()}
+    with torch.no_grad():
+        program.a1.packed[..., 0, :] = 0  # the values, not the channels
+    changed = program(x)
+    assert program.why_not == ""
+    assert not torch.equal(changed, before)
+    assert_same(changed, spre_fx.to_dense(program)(x))
+    program.load_state_dict(state)
+    assert torch.equal(program(x), before)
+
+
+def has_filters(layer: nn.Module) -> bool:
+    return isinstance(layer, PackedConv2d) and layer.winograd > 0
 
 
 def test_a_residual_network_is_one_call_of_the_engine_in_little_memory() -> None:
