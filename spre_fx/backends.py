@@ -65,11 +65,13 @@ class Lowered:
         module: What runs in its place; for the dense way, the layer itself.
         kind: What it is called: "dense", "cpu", "cusparselt" and so on.
         why: The reason for the choice, for people.
+        price: How many times as fast as the others it has to be, for the memory that it takes.
     """
 
     module: nn.Module
     kind: str
     why: str
+    price: float = 1.0
 
 
 def dense(layer: nn.Module, why: str) -> Lowered:

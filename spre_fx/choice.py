@@ -2,10 +2,11 @@
 
 Times depend on the machine, the versions of torch and of the kernels, the layer's settings and its
 input's shape. All of these are the key under which times are kept, in memory and in a file, so that
-layers of equal settings are measured once. On a CUDA device times are `cuda_timing`'s, and the
-dense layer also runs as `torch.compile` compiles it. The file lies in the user's cache directory
-(`$XDG_CACHE_HOME/spre_fx`, or `~/.cache/spre_fx`); the environment variable `SPRE_FX_CACHE` names
-another directory, or says "off".
+layers of equal settings are measured once. On a CPU the engine runs them as it does in a planned
+graph, and the dense layer runs by torch as well. On a CUDA device times are `cuda_timing`'s, and
+the dense layer also runs as `torch.compile` compiles it. The file lies in the user's cache
+directory (`$XDG_CACHE_HOME/spre_fx`, or `~/.cache/spre_fx`); the environment variable
+`SPRE_FX_CACHE` names another directory, or says "off".
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spre_fx import cuda_timing
+from spre_fx import cpu_timing, cuda_timing
 from spre_fx.atomic_write import write_atomically
 from spre_fx.backends import Lowered, Tunable, dense
 from spre_fx.modules import SPARSIFIABLE
@@ -84,10 +85,10 @@ class Timings:
         found = [self.milliseconds(layer, ways, shape) for shape in shapes]
         totals = [sum(times) for times in zip(*found, strict=True)]
         dense_ms, sparse = totals[0], totals[1:]
-        fastest = min(range(len(sparse)), key=sparse.__getitem__)
+        fastest = min(range(len(sparse)), key=lambda i: sparse[i] * ways[i].price)
         chosen_ms, way = sparse[fastest], ways[fastest]
         where = " and ".join("x".join(map(str, shape)) for shape in dict.fromkeys(shapes))
-        if chosen_ms < dense_ms:
+        if chosen_ms * way.price < dense_ms:
             if isinstance(way.module, Tunable):
                 way.module.tune(_inputs(layer, shapes[0])[1])
             ratio = dense_ms / chosen_ms
@@ -166,7 +167,9 @@ def _measure(layer: nn.Module, ways: Sequence[Lowered], shape: Shape) -> tuple[f
         if isinstance(way.module, Tunable):
             way.module.tune(last)
     baseline: Any = copy.deepcopy(layer)
-    runs = [_call(way.module, last) for way in ways]
+    runs = [_planned_call(way.module, last) or _call(way.module, last) for way in ways]
+    if (planned := _planned_call(baseline, last)) is not None:
+        runs.append(planned)
     if last is not x:  # dense in the faster of the two memory formats
         runs.append(_call(copy.deepcopy(baseline).to(memory_format=torch.channels_last), last))
         baseline = baseline.to(memory_format=torch.contiguous_format)
@@ -188,6 +191,10 @@ def _inputs(layer: nn.Module, shape: Shape) -> tuple[Tensor, Tensor]:
     assert isinstance(weight, Tensor)
     x = torch.randn(shape, device=weight.device, dtype=weight.dtype)
     return x, x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def _planned_call(module: nn.Module, x: Tensor) -> Callable[[], object] | None:
+    return cpu_timing.planned_call(module, x) if x.is_cpu else None
 
 
 def _call(module: nn.Module, x: Tensor) -> Callable[[], object]:

@@ -14,11 +14,13 @@ from torch import nn
 from spre_fx import engine
 from spre_fx.backends import Lowered, dense
 from spre_fx.engine.library import VERSION
-from spre_fx.packed_layers import PackedConv2d, PackedLinear, refusal
+from spre_fx.packed_layers import PackedConv2d, PackedLinear, refusal, winograd_refusal
 from spre_fx.patterns import Pattern
 
 _BFLOAT16 = "avx512_bf16"  # the instruction set that the engine needs for it
 _WITH_LONG_PERMUTES = ("avx512_bf16", "avx512")  # of 16 lanes
+_SPARSEST_BY_WINOGRAD = 1 / 8  # of sparser patterns the non-zeros alone are always faster
+_PRICES = {2: 1.1, 4: 1.25}  # of transformed filters: 1.8 and 4 times as large as dense ones
 _QUARTERED = "avx2"  # the instruction set whose shuffles of bytes are faster than its permutes
 
 
@@ -36,7 +38,7 @@ class CPUBackend:
         return f"{processor()}, {isa}, version {VERSION}"
 
     def candidates(self, layer: nn.Module, pattern: Pattern) -> list[Lowered] | str:
-        """The packed layer, of a conv in two layouts, or why there is none."""
+        """The packed layer, of a conv in each layout and algorithm, or why there is none."""
         if (reason := refusal(layer)) is not None:
             return reason
         loaded = engine.load()
@@ -50,6 +52,8 @@ class CPUBackend:
         ways = [Lowered(PackedConv2d.from_dense(layer, quartered=quartered), "cpu", why)]
         if layer.weight.dtype == torch.float32:
             ways.append(Lowered(PackedConv2d.from_dense(layer, planar=True), "cpu", why))
+        if pattern.n / pattern.m >= _SPARSEST_BY_WINOGRAD and winograd_refusal(layer) is None:
+            ways += [_by_winograd(layer, side, quartered) for side in _PRICES]
         return ways
 
     def rule(
@@ -68,11 +72,19 @@ class CPUBackend:
         permutes = loaded is not None and loaded.isa in _WITH_LONG_PERMUTES
         first = candidates[0].module
         assert isinstance(first, PackedConv2d | PackedLinear)
-        packed = candidates[0 if permutes or first.layout.quartered else -1]
+        planar = 0 if permutes or first.layout.quartered else 1
+        packed = candidates[min(planar, len(candidates) - 1)]
         if ratio > 1:
             why = f"{packed.why}: expected to be {ratio:.1f} times as fast as dense"
             return Lowered(packed.module, packed.kind, why)
         return dense(layer, f"dense: expected to be faster than cpu, by {1 / ratio:.1f} times")
+
+
+def _by_winograd(conv: nn.Conv2d, side: int, quartered: bool) -> Lowered:
+    layer = PackedConv2d.from_dense(conv, quartered=quartered, winograd=side)
+    tiles = f"{side}x{side}"
+    why = f"computes tiles of {tiles} by Winograd's filtering, zeros and all"
+    return Lowered(layer, f"winograd {tiles}", why, _PRICES[side])
 
 
 def shuffles_bytes() -> bool:

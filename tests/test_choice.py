@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spre_fx import choice, cuda_timing
+from spre_fx import choice, cuda_timing, engine
 from spre_fx.backends import Lowered
 from spre_fx.choice import Timings, cache_directory, medians
+from spre_fx.packed_layers import PackedConv2d, PackedLinear
 
 SHAPE = (2, 8, 6, 6)
 
@@ -145,6 +146,36 @@ def test_medians_are_not_moved_by_a_hiccup() -> None:
     slow, fast = medians([hiccup, lambda: time.sleep(0.0005)], torch.device("cpu"))
     assert 2 <= slow < 10
     assert 0.5 <= fast < 2
+
+
+@pytest.mark.parametrize(("price", "chosen"), [(1.0, 1), (1.9, 1), (2.1, 0)])
+def test_what_takes_memory_has_to_be_faster_by_its_price(
+    price: float, chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [*ways(), Lowered(Counting(), "large", "counts", price)]
+    monkeypatch.setattr(choice, "_measure", lambda *_: (100.0, 2.0, 1.0))
+    best = Timings("machine").choose(nn.Conv2d(8, 8, 3), found, [SHAPE])
+    assert best.lowered.module is found[chosen].module
+    assert best.chosen_ms == [2.0, 1.0][chosen]
+    monkeypatch.setattr(choice, "_measure", lambda *_: (1.5, 2.0, 1.0))
+    best = Timings("machine").choose(nn.Conv2d(8, 8, 3), found, [SHAPE])
+    assert best.lowered.kind == ("large" if price < 1.5 else "dense")
+
+
+@pytest.mark.skipif(engine.load() is None, reason="needs the engine")
+def test_layers_of_the_engine_are_timed_as_a_planned_graph_runs_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(PackedConv2d, "forward", None)
+    monkeypatch.setattr(PackedLinear, "forward", None)
+    for layer, way in (
+        (conv := nn.Conv2d(8, 8, 3), PackedConv2d.from_dense(conv)),
+        (conv, PackedConv2d.from_dense(conv, winograd=4)),
+        (linear := nn.Linear(8, 8), PackedLinear.from_dense(linear)),
+    ):
+        shape = SHAPE if layer is conv else (2, 3, 8)
+        times = Timings("machine").milliseconds(layer, [Lowered(way, "cpu", "")], shape)
+        assert all(each > 0 for each in times)
 
 
 class Tuned(Counting):

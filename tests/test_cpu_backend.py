@@ -30,6 +30,18 @@ def test_convs_and_linears_are_packed(
         assert way.why == "computes the 1:4 non-zeros only"
 
 
+@pytest.mark.parametrize(("pattern", "competes"), [("2:4", True), ("1:8", True), ("1:16", False)])
+def test_winograd_competes_where_many_weights_are_left(pattern: str, competes: bool) -> None:
+    ways = CPUBackend().candidates(nn.Conv2d(16, 8, 3), Pattern.parse(pattern))
+    assert isinstance(ways, list)
+    by_winograd = [way for way in ways if way.kind.startswith("winograd")]
+    assert [way.kind for way in by_winograd] == ["winograd 2x2", "winograd 4x4"] * competes
+    assert [way.module.winograd for way in by_winograd] == [2, 4] * competes
+    assert all("tiles of" in way.why and way.price > 1 for way in by_winograd)
+    strided = CPUBackend().candidates(nn.Conv2d(16, 8, 3, stride=2), Pattern.parse(pattern))
+    assert {way.kind for way in strided} == {"cpu"}
+
+
 @pytest.mark.parametrize(
     ("isa", "pattern", "planar", "quartered"),
     [
@@ -52,6 +64,7 @@ def test_without_measuring_layouts_follow_the_instructions(
         layout = backend.rule(layer, nm, ways, None).module.layout
         assert layout.planar is (planar and isinstance(layer, nn.Conv2d))
         assert layout.quartered is quartered
+        assert getattr(backend.rule(layer, nm, ways, None).module, "winograd", 0) == 0
 
 
 @pytest.mark.parametrize(
