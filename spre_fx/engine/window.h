@@ -11,26 +11,80 @@
 namespace spre {
 
 struct DepthwiseWindow {
-  static constexpr bool kWeights = true;
+  static constexpr bool kWeights = true, kScaled = false;
   SPRE_INLINE Floats start() { return zeros(); }
   SPRE_INLINE Floats take(Floats sum, Floats x, Floats weight) { return fma(x, weight, sum); }
 };
 
 struct MaxWindow {
-  static constexpr bool kWeights = false;
+  static constexpr bool kWeights = false, kScaled = false;
   SPRE_INLINE Floats start() { return broadcast(-kInfinity); }
   SPRE_INLINE Floats take(Floats best, Floats x, Floats) { return max_or_nan(best, x); }
 };
 
 struct AverageWindow {
-  static constexpr bool kWeights = false;
+  static constexpr bool kWeights = false, kScaled = true;
   SPRE_INLINE Floats start() { return zeros(); }
   SPRE_INLINE Floats take(Floats sum, Floats x, Floats) { return add(sum, x); }
 };
 
+// Neighbouring outputs of a row, 16 channels of each, and the taps of theirs inside of the image.
+template <class X>
+struct WindowTile {
+  const X* x;  // what the first tap of the first output reads
+  int64_t pixel_step, tap_step, row_step;
+  int64_t taps_h, taps_w;
+  const X* weight;
+  int64_t weight_step, weight_row;  // from tap to tap and from row to row
+  X* y;
+  int64_t y_stride;
+  const X* residual;
+  int64_t residual_stride;
+  const float* bias;
+  int64_t activation;
+  float scale;  // of an average
+  int lanes;
+};
+
+template <class X>
+using WindowKernel = void (*)(const WindowTile<X>&);
+
+// `Taps`: how many of a row there are, 0 for any number. `Whole`: all 16 channels are there.
+template <class Window, class X, int Pixels, int Taps, bool Whole>
+SPRE_NOINLINE void window_kernel(const WindowTile<X>& tile) {
+  Floats sums[1][Pixels];
+  UNROLLED_FOR (int p = 0; p < Pixels; ++p) sums[0][p] = Window::start();
+  const int64_t pixel_step = tile.pixel_step, tap_step = tile.tap_step;
+  const X* row = tile.x;
+  const X* weight_row = tile.weight;
+  const auto tap = [&](const X* x, const X* weight) {
+    Floats weights = zeros();
+    if constexpr (Window::kWeights) weights = load(weight);
+    UNROLLED_FOR (int p = 0; p < Pixels; ++p) {
+      const X* from = x + p * pixel_step;
+      sums[0][p] = Window::take(sums[0][p], Whole ? load(from) : load(from, tile.lanes), weights);
+    }
+  };
+  ROLLED_FOR (int64_t u = 0; u < tile.taps_h; ++u) {
+    if constexpr (Taps > 0) {
+      UNROLLED_FOR (int v = 0; v < Taps; ++v)
+        tap(row + v * tap_step, weight_row + v * tile.weight_step);
+    } else {
+      ROLLED_FOR (int64_t v = 0; v < tile.taps_w; ++v)
+        tap(row + v * tap_step, weight_row + v * tile.weight_step);
+    }
+    row += tile.row_step;
+    weight_row += tile.weight_row;
+  }
+  if constexpr (Window::kScaled)
+    UNROLLED_FOR (int p = 0; p < Pixels; ++p) sums[0][p] = mul(sums[0][p], broadcast(tile.scale));
+  finish<X, 1, Pixels>(sums, tile.y, tile.y_stride, tile.residual, tile.residual_stride, tile.bias,
+                       tile.activation, Whole ? kLanes : tile.lanes);
+}
+
 template <class Window, class X>
 struct WindowStep {
-  static constexpr int kPixels = kRegisters >= 32 ? 8 : 4;
+  static constexpr int kPixels = kRegisters >= 32 ? 8 : 6;
 
   explicit WindowStep(const Step& step)
       : s(step),
@@ -43,91 +97,87 @@ struct WindowStep {
 
   void run(const X* x, X* y, const X* residual, const X* weight, const float* bias,
            const Worker& worker) const {
+    WindowTile<X> t;
+    t.pixel_step = s.stride_w * s.x_stride;
+    t.tap_step = s.dilation_w * s.x_stride;
+    t.row_step = s.dilation_h * s.width * s.x_stride;
+    t.weight_step = padded;
+    t.weight_row = s.kernel_w * padded;
+    t.y_stride = s.y_stride;
+    t.residual_stride = s.residual_stride;
+    t.activation = s.activation;
     const int64_t tasks = rows.size() * parts;
     for (int64_t task = worker.first(tasks); task < worker.last(tasks); ++task) {
       const int64_t part = task % parts;
       const auto [image, row, one] = rows[task / parts];
       const X* from = x + image * s.height * s.width * s.x_stride;
       for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block)
-        run_row(block * kLanes, image * s.out_height + row, row, from, y, residual, weight, bias);
+        run_row(t, block * kLanes, image * s.out_height + row, row, from, y, residual, weight,
+                bias);
     }
   }
 
  private:
-  void run_row(int64_t channel, int64_t row, int64_t out_row, const X* x, X* y, const X* residual,
-               const X* weight, const float* bias) const {
+  // The taps of a window from `start` on that lie inside of an image side.
+  struct Taps {
+    int64_t first, count;
+  };
+  static Taps inside(int64_t start, int64_t taps, int64_t dilation, int64_t side) {
+    const int64_t first = start < 0 ? ceil_div(-start, dilation) : 0;
+    const int64_t end = start >= side ? 0 : std::min(taps, ceil_div(side - start, dilation));
+    return {first, std::max<int64_t>(0, end - first)};
+  }
+
+  void run_row(WindowTile<X>& t, int64_t channel, int64_t row, int64_t out_row, const X* x, X* y,
+               const X* residual, const X* weight, const float* bias) const {
     const int64_t top = out_row * s.stride_h - s.padding_h;
-    // The outputs whose windows lie inside of the image from left to right.
+    const Taps down = inside(top, s.kernel_h, s.dilation_h, s.height);
+    x += (top + down.first * s.dilation_h) * s.width * s.x_stride + channel;
+    weight += down.first * t.weight_row + channel;
+    y += row * s.out_width * s.y_stride + channel;
+    if (residual != nullptr) residual += row * s.out_width * s.residual_stride + channel;
+    t.taps_h = down.count;
+    t.bias = bias == nullptr ? nullptr : bias + channel;
+    t.lanes = static_cast<int>(std::min<int64_t>(kLanes, s.channels - channel));
+    const auto run = [&](int64_t column, int64_t width) {
+      const int64_t left = column * s.stride_w - s.padding_w;
+      const Taps across = inside(left, s.kernel_w, s.dilation_w, s.width);
+      t.x = x + (left + across.first * s.dilation_w) * s.x_stride;
+      t.taps_w = across.count;
+      t.weight = weight + across.first * t.weight_step;
+      t.y = y + column * s.y_stride;
+      t.residual = residual == nullptr ? nullptr : residual + column * s.residual_stride;
+      const int64_t divisor = s.count_inside ? std::max<int64_t>(1, down.count * across.count)
+                                             : s.kernel_h * s.kernel_w;
+      t.scale = 1.f / static_cast<float>(divisor);
+      pick(width, across.count, t.lanes)(t);
+    };
+    // The outputs whose windows lie inside of the image from left to right go together.
     const int64_t reach = (s.kernel_w - 1) * s.dilation_w;
     const int64_t inner = std::min(s.out_width, ceil_div(s.padding_w, s.stride_w));
     const int64_t room = s.width - 1 - reach + s.padding_w;
     const int64_t outer =
         room < 0 ? inner : std::max(inner, std::min(s.out_width, room / s.stride_w + 1));
-    int64_t j = 0;
-    const auto run = [&](auto kernel, int64_t width) {
-      (this->*kernel)(channel, row, top, j, x, y, residual, weight, bias);
-      j += width;
-    };
-    while (j < inner) run(&WindowStep::run_pixels<1, true>, 1);
-    while (j < outer) {
-      const int64_t width = std::min<int64_t>(kPixels, outer - j);
-      run(pick(width, std::make_integer_sequence<int, kPixels>()), width);
+    for (int64_t j = 0; j < inner; ++j) run(j, 1);
+    const int64_t together = ceil_div(outer - inner, kPixels);
+    for (int64_t i = 0; i < together; ++i) {
+      const int64_t begin = (outer - inner) * i / together;
+      run(inner + begin, (outer - inner) * (i + 1) / together - begin);
     }
-    while (j < s.out_width) run(&WindowStep::run_pixels<1, true>, 1);
+    for (int64_t j = outer; j < s.out_width; ++j) run(j, 1);
   }
 
-  using Kernel = void (WindowStep::*)(int64_t, int64_t, int64_t, int64_t, const X*, X*, const X*,
-                                      const X*, const float*) const;
+  static WindowKernel<X> pick(int64_t pixels, int64_t taps, int lanes) {
+    const auto all = std::make_integer_sequence<int, kPixels>();
+    if (lanes < kLanes) return pick_pixels<0, false>(pixels, all);
+    return taps == 3 ? pick_pixels<3, true>(pixels, all) : pick_pixels<0, true>(pixels, all);
+  }
 
-  template <int... PixelsLessOne>
-  static Kernel pick(int64_t pixels, std::integer_sequence<int, PixelsLessOne...>) {
-    static constexpr Kernel kTable[] = {&WindowStep::run_pixels<PixelsLessOne + 1, false>...};
+  template <int Taps, bool Whole, int... PixelsLessOne>
+  static WindowKernel<X> pick_pixels(int64_t pixels, std::integer_sequence<int, PixelsLessOne...>) {
+    static constexpr WindowKernel<X> kTable[] = {
+        window_kernel<Window, X, PixelsLessOne + 1, Taps, Whole>...};
     return kTable[pixels - 1];
-  }
-
-  // `Pixels` outputs of one row, 16 channels of each. `Border`: taps may lie beside the image.
-  template <int Pixels, bool Border>
-  void run_pixels(int64_t channel, int64_t row, int64_t top, int64_t column, const X* x, X* y,
-                  const X* residual, const X* weight, const float* bias) const {
-    const int lanes = static_cast<int>(std::min<int64_t>(kLanes, s.channels - channel));
-    const int64_t left = column * s.stride_w - s.padding_w;
-    const int64_t step = s.stride_w * s.x_stride;
-    Floats sums[1][Pixels];
-    UNROLLED_FOR (int p = 0; p < Pixels; ++p) sums[0][p] = Window::start();
-    int64_t taps_h = 0, taps_w = 0;
-    for (int64_t u = 0; u < s.kernel_h; ++u) {
-      const int64_t i = top + u * s.dilation_h;
-      if (i < 0 || i >= s.height) continue;
-      ++taps_h;
-      taps_w = 0;
-      for (int64_t v = 0; v < s.kernel_w; ++v) {
-        const int64_t j = left + v * s.dilation_w;
-        if (Border && (j < 0 || j >= s.width)) continue;
-        ++taps_w;
-        const X* from = x + (i * s.width + j) * s.x_stride + channel;
-        Floats weights = zeros();
-        if constexpr (Window::kWeights)
-          weights = load(weight + (u * s.kernel_w + v) * padded + channel);
-        if (lanes == kLanes) {
-          UNROLLED_FOR (int p = 0; p < Pixels; ++p)
-            sums[0][p] = Window::take(sums[0][p], load(from + p * step), weights);
-        } else {
-          UNROLLED_FOR (int p = 0; p < Pixels; ++p)
-            sums[0][p] = Window::take(sums[0][p], load(from + p * step, lanes), weights);
-        }
-      }
-    }
-    if (s.kind == kAveragePool) {
-      const int64_t taps =
-          s.count_inside ? std::max<int64_t>(1, taps_h * taps_w) : s.kernel_h * s.kernel_w;
-      const Floats scale = broadcast(1.f / static_cast<float>(taps));
-      UNROLLED_FOR (int p = 0; p < Pixels; ++p) sums[0][p] = mul(sums[0][p], scale);
-    }
-    const int64_t pixel = row * s.out_width + column;
-    finish<X, 1, Pixels>(
-        sums, y + pixel * s.y_stride + channel, s.y_stride,
-        residual == nullptr ? nullptr : residual + pixel * s.residual_stride + channel,
-        s.residual_stride, bias == nullptr ? nullptr : bias + channel, s.activation, lanes);
   }
 
   const Step& s;
