@@ -138,7 +138,7 @@ def pack(
 
     Returns:
         Shape and type as the module says. float32 weights take channel groups of 16 or 32,
-        whichever needs fewer slots in all, and 16 where they need the same.
+        whichever needs fewer slots in all, and 16 where they need the same or are quartered.
 
     Raises:
         ModelError: If the weight is of another type.
@@ -295,16 +295,16 @@ def _filter_transform(side: int) -> list[list[float]]:
 
 
 def _choose(weight: Tensor, planar: bool, quartered: bool) -> Layout:
-    """The layout, of those that are asked for, with the fewest slots in all."""
+    """The layout: the one that is asked for, if it can be had, or that with the fewest slots."""
     kept = _pad_to((weight != 0).flatten(2), 1, 32)
     most_4, most_8, most_16, most_32 = (
         int(F.pad(kept.unflatten(1, (-1, size)).sum(2).flatten(), (0, 1), value=1).max())
         for size in (4, 8, 16, 32)
     )
     channels, pairs = weight.shape[1], _pairs(weight.dtype)
+    if quartered and not planar and pairs == 1 and most_16 == _QUARTERS * most_4:
+        return Layout(most_16, 16, _QUARTERS)  # more slots than of 32, but the faster ones
     if pairs == 1 and -(-channels // 16) * most_16 <= -(-channels // 32) * most_32:
-        if quartered and not planar and most_16 == 4 * most_4:
-            return Layout(most_16, 16, _QUARTERS)
         return Layout(most_16, 16, 2 if most_16 == 2 * most_8 and not planar else 1, planar)
     return Layout(-(-most_32 // pairs), 32, 1, planar)
 

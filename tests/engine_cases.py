@@ -280,7 +280,7 @@ def planar_conv(draw: Draw) -> Case:
 def sparse_conv(draw: Draw, *, planar: bool = False) -> Case:
     w = draw.window()
     groups = draw.one_of(1, 1, 1, 2, 3)
-    inputs = draw.one_of(1, 3, 4, 8, 15, 16, 17, 20, 31, 32, 33, 48, 64)
+    inputs = draw.one_of(1, 3, 4, 8, 15, 16, 17, 20, 24, 31, 32, 33, 48, 60, 64)
     outputs = draw.one_of(1, 3, 8, 15, 16, 17, 31, 32, 33, 40, 64, 65, 80)
     if draw.chance():  # the 1x1 convs that are not packed
         for axis in "hw":

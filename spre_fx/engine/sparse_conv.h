@@ -206,7 +206,7 @@ struct SparseConv {
     t.slots = s.slots / Traits::kSections;
     if (s.direct) {
       t.group_stride = Traits::kGroup / Traits::kSections;
-      t.channel_groups = channel_groups * Traits::kSections;
+      t.channel_groups = s.channels / s.groups / t.group_stride;
       t.tap_offsets = nullptr;
       t.taps = 1;
     } else {

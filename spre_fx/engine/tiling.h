@@ -60,7 +60,9 @@ inline Step with_tile(const Step& step, int64_t threads) {
   s.tile_pixels =
       flat ? most : ceil_div(s.out_width, std::max<int64_t>(1, ceil_div(s.out_width, most)));
   if (s.planar) s.tile_pixels = kPlanarRegisters;
-  s.direct = !s.planar && one_tap(s) && s.channels / s.groups % s.channel_group == 0;
+  // Where registers hold a part of a channel group, the last parts may be missing.
+  const int64_t held = s.channel_group / std::min<int64_t>(s.parts, kMostSections);
+  s.direct = !s.planar && one_tap(s) && s.channels / s.groups % held == 0;
 
   // Equal tiles, as many for each thread; threads that can't be given equal rows are given outputs.
   const int64_t rows = flat ? s.batch * s.out_height : s.out_height;

@@ -152,7 +152,8 @@ struct WideFloat32Traits : HalvedFloat32Traits {
   }
 };
 
-inline constexpr int kRegisters = 8;  // of 16 lanes
+inline constexpr int kMostSections = 4;  // that a channel group is read in
+inline constexpr int kRegisters = 8;     // of 16 lanes
 // See vector_avx512.h.
 inline constexpr int kMaxSums = 6;
 inline constexpr int kMaxBlocks = 1;  // the permutes read x from memory: more blocks share nothing
