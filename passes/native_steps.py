@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from spre_fx.batch_norm import affine
 from spre_fx.engine import Kind, Step
-from spre_fx.layer_steps import layer_step, window_fields
+from spre_fx.layer_steps import LayerStep, layer_step, window_fields
 from spre_fx.packed_layers import PackedConv2d, PackedLinear
 from spre_fx.packed_ops import ACTIVATIONS, TYPES
 from spre_fx.passes.activations import activation_of, in_place
@@ -196,8 +196,7 @@ def _source(node: Node, values: Values) -> Node | None:
 def _packed(view: GraphView, node: Node, values: Values) -> Operation | None:
     layer: Any = view.module_of(node)
     source, residual = _source(node, values), node.args[1] if len(node.args) > 1 else None
-    rank = 0 if source is None else len(values[source].shape)
-    if source is None or node.kwargs or (rank == 4) != isinstance(layer, PackedConv2d):
+    if source is None or node.kwargs:
         return None
     if residual is not None and (not isinstance(residual, Node) or residual not in values):
         return None
@@ -205,8 +204,7 @@ def _packed(view: GraphView, node: Node, values: Values) -> Operation | None:
         return None
     added = None if residual is None else values[node].stand_in()
     made = layer_step(layer, values[source].stand_in(), added)
-    assert made is not None
-    return Operation(made.step, node, source, residual, made.weight, made.bias)
+    return None if made is None else _operation(made, node, source, residual)
 
 
 def _conv(view: GraphView, node: Node, values: Values) -> Operation | None:
@@ -215,9 +213,11 @@ def _conv(view: GraphView, node: Node, values: Values) -> Operation | None:
     if source is None or len(node.args) > 1 or node.kwargs:
         return None
     made = layer_step(conv, values[source].stand_in())
-    return (
-        None if made is None else Operation(made.step, node, source, None, made.weight, made.bias)
-    )
+    return None if made is None else _operation(made, node, source, None)
+
+
+def _operation(made: LayerStep, node: Node, source: Node, residual: Node | None) -> Operation:
+    return Operation(made.step, node, source, residual, made.weight, made.bias)
 
 
 def _batch_norm(view: GraphView, node: Node, values: Values) -> Operation | None:

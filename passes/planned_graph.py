@@ -194,7 +194,7 @@ class _Guard:
 def _read_in_place(module: nn.Module, tensor: Tensor) -> bool:
     """Whether programs read a tensor where it lies, so that they see what is written to it."""
     packed = isinstance(module, PackedConv2d | PackedLinear)
-    if isinstance(module, PackedConv2d) and module.winograd and tensor is module.packed:
+    if isinstance(module, PackedConv2d) and module.transforms and tensor is module.packed:
         return False  # they read what was made of it
     return packed and tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0
 

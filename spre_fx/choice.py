@@ -94,8 +94,12 @@ class Timings:
             ratio = dense_ms / chosen_ms
             why = f"{way.why}: {ratio:.2f} times as fast as dense, on {where}"
             return Choice(Lowered(way.module, way.kind, why), dense_ms, chosen_ms)
-        ratio = chosen_ms / dense_ms
-        why = f"dense: {way.kind} takes {ratio:.2f} times as long, on {where}"
+        why = f"dense: {way.kind} takes {chosen_ms / dense_ms:.2f} times as long, on {where}"
+        if chosen_ms < dense_ms:
+            why = (
+                f"dense: {way.kind} is {dense_ms / chosen_ms:.2f} times as fast, for its memory it "
+                f"would have to be {way.price} times, on {where}"
+            )
         return Choice(dense(layer, why), dense_ms, dense_ms)
 
     def milliseconds(
@@ -168,6 +172,8 @@ def _measure(layer: nn.Module, ways: Sequence[Lowered], shape: Shape) -> tuple[f
             way.module.tune(last)
     baseline: Any = copy.deepcopy(layer)
     runs = [_planned_call(way.module, last) or _call(way.module, last) for way in ways]
+    # Dense in the fastest of its ways, though a planned graph runs it by the engine if it can: no
+    # sparse way is taken that is slower than torch alone.
     if (planned := _planned_call(baseline, last)) is not None:
         runs.append(planned)
     if last is not x:  # dense in the faster of the two memory formats

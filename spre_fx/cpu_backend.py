@@ -72,8 +72,8 @@ class CPUBackend:
         permutes = loaded is not None and loaded.isa in _WITH_LONG_PERMUTES
         first = candidates[0].module
         assert isinstance(first, PackedConv2d | PackedLinear)
-        planar = 0 if permutes or first.layout.quartered else 1
-        packed = candidates[min(planar, len(candidates) - 1)]
+        by_outputs = permutes or first.layout.quartered or len(candidates) == 1
+        packed = candidates[0 if by_outputs else 1]
         if ratio > 1:
             why = f"{packed.why}: expected to be {ratio:.1f} times as fast as dense"
             return Lowered(packed.module, packed.kind, why)

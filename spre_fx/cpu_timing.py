@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spre_fx.engine import load, program
 from spre_fx.layer_steps import layer_step
+from spre_fx.packed_ops import aligned
 
 
 def planned_call(layer: nn.Module, x: Tensor) -> Callable[[], object] | None:
@@ -28,9 +29,9 @@ def planned_call(layer: nn.Module, x: Tensor) -> Callable[[], object] | None:
     if engine is None or made is None or not engine.takes(made.step):
         return None
     step, threads = made.step, torch.get_num_threads()
-    images = step.batch, step.out_height, step.out_width, step.out_channels
-    y = torch.empty(images, dtype=x.dtype)
-    operands = (x, y, made.weight.contiguous(), made.bias)
+    shape = step.batch, step.out_height, step.out_width, step.out_channels
+    y = torch.empty(shape, dtype=x.dtype)
+    operands = (x, y, aligned(made.weight), made.bias)
     steps = program([step])
     scratch = torch.empty(engine.scratch(steps, threads), dtype=torch.uint8)
 

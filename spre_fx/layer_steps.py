@@ -1,4 +1,4 @@
-"""The steps of the engine that convs and linears are: packed ones, and dense ones of torch."""
+"""The steps of the engine that packed layers are, and dense convs of torch."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ def layer_step(layer: nn.Module, x: Tensor, residual: Tensor | None = None) -> L
         ModelError: If x or residual does not fit a packed layer.
     """
     if isinstance(layer, PackedConv2d | PackedLinear):
+        if (x.ndim == 4) != isinstance(layer, PackedConv2d):
+            return None  # tensors of 4 axes are channels-last to the engine
         return LayerStep(layer.step(x, residual), layer.step_weight(), layer.bias)
     if isinstance(layer, nn.Conv2d) and residual is None:
         return _conv_step(layer, x)

@@ -8,7 +8,7 @@ which no `.to(dtype)` changes. There is no gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -34,9 +34,18 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _Dense = TypeVar("_Dense", nn.Conv2d, nn.Linear)
-# Of each layer that has any: what they were made of, and transformed filters, which all programs
-# of a graph share.
-_transformed: WeakKeyDictionary[nn.Module, tuple[object, Tensor]] = WeakKeyDictionary()
+
+
+class _Transformed(NamedTuple):
+    """Transformed filters, and what they were made of: a tensor, and its numbers by `key`."""
+
+    packed: Tensor
+    key: tuple[int, int, int]
+    filters: Tensor
+
+
+# Of each layer that has any: all programs of its graphs share them.
+_transformed: WeakKeyDictionary[nn.Module, _Transformed] = WeakKeyDictionary()
 
 
 def refusal(layer: nn.Module) -> str | None:
@@ -194,11 +203,12 @@ class PackedConv2d(_Packed):
             it.
         winograd: Outputs on a side of the tiles, 2 or 4, in which a planned graph computes the
             dense convolution by Winograd's minimal filtering; 0: it computes the non-zeros. Calls
-            of the layer itself always do that. `winograd_refusal` says what has to be given.
+            of the layer itself always do that. An infinity or NaN reaches all outputs of the tiles
+            that read it. `winograd_refusal` says which convolutions it is for.
 
     Raises:
-        ModelError: If the weight is of another type, or there are no such tiles of the convolution.
-        OptionError: If there is no such activation.
+        ModelError: If the weight is of another type, or Winograd's filtering is not for it.
+        OptionError: If there is no such activation, or no tiles of such a side.
     """
 
     def __init__(
@@ -227,6 +237,8 @@ class PackedConv2d(_Packed):
         self.padding = padding
         self.dilation = dilation
         self.winograd = winograd
+        if winograd not in (0, 2, 4):
+            raise OptionError(f"expected winograd to be 0, 2 or 4, found {winograd!r}.")
         if winograd and (reason := winograd_refusal(self)) is not None:
             raise ModelError(f"Winograd's filtering cannot compute the layer: {reason}")
 
@@ -242,7 +254,8 @@ class PackedConv2d(_Packed):
         """Pack a convolution, which is left as it is.
 
         Raises:
-            ModelError: If it cannot be packed; `refusal` says so beforehand.
+            ModelError: If it cannot be packed, or computed as asked; `refusal` and
+                `winograd_refusal` say so beforehand.
         """
         if (reason := refusal(conv)) is not None or (padding := _padding(conv)) is None:
             raise ModelError(f"the layer cannot be packed: {reason}")
@@ -292,19 +305,29 @@ class PackedConv2d(_Packed):
     def step(self, x: Tensor, residual: Tensor | None = None) -> Step:
         """What `forward` does, as a step of a program; only the shapes of the tensors count."""
         step = conv2d_step(x, self.packed, self.bias, residual, *self._how())
-        if self.winograd:
+        if self.transforms:
             step.kind, step.winograd = Kind.WINOGRAD_CONV, self.winograd
         return step
 
+    @property
+    def transforms(self) -> bool:
+        """Whether `step` reads transformed filters.
+
+        Of an inference tensor none are made: nobody could tell when it changes.
+        """
+        return self.winograd != 0 and not self.packed.is_inference()
+
     def step_weight(self) -> Tensor:
         """The weight that `step` reads: the packed one, or what was made of it as it is now."""
-        if not self.winograd:
-            return self.packed
-        known, packed = _transformed.get(self), self.packed
-        key = packed.data_ptr(), None if packed.is_inference() else packed._version, self.winograd
-        if known is None or known[0] != key or packed.is_inference():
-            known = _transformed[self] = key, pack_winograd(self.dense_weight(), self.winograd)
-        return known[1]
+        packed = self.packed
+        if not self.transforms:
+            return packed
+        key = packed.data_ptr(), packed._version, self.winograd
+        known = _transformed.get(self)
+        if known is None or known.packed is not packed or known.key != key:
+            filters = pack_winograd(self.dense_weight(), self.winograd)
+            known = _transformed[self] = _Transformed(packed, key, filters)
+        return known.filters
 
     def _how(self) -> tuple[Any, ...]:
         return (

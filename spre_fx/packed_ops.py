@@ -192,7 +192,7 @@ def _compute(
     y = torch.empty(plan.shape, dtype=x.dtype, memory_format=layout)
     if y.numel() == 0:
         return y
-    x, weight = x.contiguous(memory_format=layout), _aligned(weight)
+    x, weight = x.contiguous(memory_format=layout), aligned(weight)
     residual = None if residual is None else residual.contiguous(memory_format=layout)
     bias = None if bias is None else bias.contiguous()
     scratch = torch.empty(plan.scratch, dtype=torch.uint8)
@@ -241,7 +241,7 @@ def _by_torch(
     return activated.to(x.dtype).contiguous(memory_format=layer.memory_format)
 
 
-def _aligned(weight: Tensor) -> Tensor:
+def aligned(weight: Tensor) -> Tensor:
     """The weight, copied if it lies where the engine cannot read it, as in a mapped file."""
     if weight.is_contiguous() and weight.data_ptr() % ALIGNMENT == 0:
         return weight

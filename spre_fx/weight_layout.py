@@ -278,7 +278,7 @@ def pack_winograd(weight: Tensor, side: int) -> Tensor:
 
 
 def _filter_transform(side: int) -> list[list[float]]:
-    """G, of the points that winograd_conv.h interpolates at.
+    """G, of the points that winograd_conv.h interpolates at, for a side of 2 or 4.
 
     A point p has the row (1, p, p^2) over the product of its distances to the others, and
     infinity has (0, 0, 1).
@@ -303,7 +303,7 @@ def _choose(weight: Tensor, planar: bool, quartered: bool) -> Layout:
     )
     channels, pairs = weight.shape[1], _pairs(weight.dtype)
     if quartered and not planar and pairs == 1 and most_16 == _QUARTERS * most_4:
-        return Layout(most_16, 16, _QUARTERS)  # more slots than of 32, but the faster ones
+        return Layout(most_16, 16, _QUARTERS)  # perhaps more slots than of 32, but faster ones
     if pairs == 1 and -(-channels // 16) * most_16 <= -(-channels // 32) * most_32:
         return Layout(most_16, 16, 2 if most_16 == 2 * most_8 and not planar else 1, planar)
     return Layout(-(-most_32 // pairs), 32, 1, planar)

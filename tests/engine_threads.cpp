@@ -30,8 +30,8 @@ void parallel(void (*run)(void*), void* data, unsigned threads, unsigned) {
 int number() { return thread_number; }
 int count() { return thread_count; }
 
-constexpr int64_t kChannels = 48, kSide = 11, kSlots = 4, kTaps = 9;
-constexpr int64_t kFilters = 36;  // transformed ones of 9 taps
+constexpr int64_t kChannels = 80, kSide = 11, kSlots = 4, kTaps = 9;
+constexpr int64_t kProducts = 36;  // of a tile of Winograd's filtering
 constexpr int64_t kNumbers = kChannels * kSide * kSide;
 
 Step step(int64_t kind, int64_t x, int64_t y, int64_t weight) {
@@ -60,7 +60,7 @@ std::vector<float> run(int64_t threads, unsigned seed) {
   const auto lines = [](int64_t numbers) { return std::vector<Line>(numbers / 16 + 1); };
   std::vector<std::vector<Line>> memory = {
       lines(kNumbers), lines(kNumbers), lines(kChannels * kChannels / 16 * kTaps * kSlots * 2),
-      lines(kFilters * kChannels * kChannels), lines(kTaps * kChannels)};
+      lines(kProducts * kChannels * kChannels), lines(kTaps * kChannels)};
   std::vector<void*> buffers;
   for (auto& each : memory) {
     for (Line& line : each)

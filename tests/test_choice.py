@@ -160,6 +160,9 @@ def test_what_takes_memory_has_to_be_faster_by_its_price(
     monkeypatch.setattr(choice, "_measure", lambda *_: (1.5, 2.0, 1.0))
     best = Timings("machine").choose(nn.Conv2d(8, 8, 3), found, [SHAPE])
     assert best.lowered.kind == ("large" if price < 1.5 else "dense")
+    if price == 1.9:
+        words = "large is 1.50 times as fast, for its memory it would have to be 1.9 times"
+        assert words in best.lowered.why
 
 
 @pytest.mark.skipif(engine.load() is None, reason="needs the engine")
@@ -176,6 +179,20 @@ def test_layers_of_the_engine_are_timed_as_a_planned_graph_runs_them(
         shape = SHAPE if layer is conv else (2, 3, 8)
         times = Timings("machine").milliseconds(layer, [Lowered(way, "cpu", "")], shape)
         assert all(each > 0 for each in times)
+
+
+class Slow(nn.Conv2d):
+    """By torch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.02)
+        return super().forward(x)
+
+
+@pytest.mark.skipif(engine.load() is None, reason="needs the engine")
+def test_a_dense_layer_runs_by_the_engine_as_well() -> None:
+    (dense_ms, _) = Timings("machine").milliseconds(Slow(8, 8, 3), ways(), SHAPE)
+    assert dense_ms < 20
 
 
 class Tuned(Counting):

@@ -60,6 +60,12 @@ def test_a_layer_without_a_step_has_no_such_call(layer):
     assert cpu_timing.planned_call(nn.Linear(16, 8), torch.randn(2, 16)) is None
 
 
+def test_a_linear_layer_of_images_has_no_such_call():
+    layer = PackedLinear.from_dense(nn.Linear(16, 8))
+    assert cpu_timing.planned_call(layer, torch.randn(2, 5, 3, 16)) is None
+    assert cpu_timing.planned_call(layer, torch.randn(2, 3, 16)) is not None
+
+
 def test_an_engine_without_a_kernel_has_no_such_call(monkeypatch):
     monkeypatch.setattr(engine.Engine, "takes", lambda _, step: step.kind != Kind.WINOGRAD_CONV)
     x = torch.randn(1, 16, 5, 5)

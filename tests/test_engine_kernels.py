@@ -60,6 +60,36 @@ def test_what_is_not_finite_passes_through_as_in_torch(each_engine, kind):
         case.run(each_engine, 1)
 
 
+@pytest.mark.parametrize("channels", [20, 60])
+def test_parts_of_a_channel_group_that_are_not_there_are_not_read(each_engine, channels):
+    weight = torch.zeros(24, channels // 4, 4).scatter_(
+        2, torch.tensor([1, 3]).expand(24, channels // 4, 2), 1.0
+    )
+    weight = (weight * torch.randn(weight.shape)).view(24, channels, 1, 1)
+    packed = weight_layout.pack(weight, quartered=True)
+    x = torch.full((1, 5, 7, channels + 3), float("nan"))
+    x[..., :channels] = torch.randn(1, 5, 7, channels)
+    y = torch.zeros(1, 5, 7, 24)
+    memories = [*map(fenced, (x.flatten()[:-3], y, packed))]
+    step = Step(
+        **{"kind": Kind.SPARSE_CONV, "x": 0, "y": 1, "weight": 2, "residual": -1, "bias": -1},
+        **{"batch": 1, "height": 5, "width": 7, "out_height": 5, "out_width": 7},
+        **{"channels": channels, "x_stride": channels + 3, "out_channels": 24, "y_stride": 24},
+        **{**ONE_BY_ONE, "groups": 1, "slots": 8, "channel_group": 16, "parts": 4},
+    )
+    steps = engine.program([step])
+    in_place = each_engine.isa == "avx2"
+    least = each_engine.scratch(engine.program([Step(kind=Kind.COPY)]), 1)
+    assert (each_engine.scratch(steps, 1) == least) is in_place
+    scratch = Fenced(-(-each_engine.scratch(steps, 1) // 64) * 64)
+    each_engine.run(steps, [memory.address for memory in memories], scratch.address, 1)
+    found = memories[1].bytes.view(torch.float32).view(35, 24)
+    expected = x[..., :channels].reshape(35, channels).double() @ weight.view(24, -1).double().t()
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+    step.tile_pixels = step.direct = 1
+    assert each_engine.takes(step) is in_place
+
+
 @pytest.mark.parametrize("side", [2, 4])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_winograd_keeps_what_is_not_finite_within_its_tiles(each_engine, side, value):

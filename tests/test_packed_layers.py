@@ -245,12 +245,18 @@ def test_transformed_filters_follow_the_weight():
     assert torch.equal(packed.step_weight(), pack_winograd(second.weight, 4))
     copied = pickle.loads(pickle.dumps(copy.deepcopy(packed)))
     assert torch.equal(copied.step_weight(), packed.step_weight())
+    for conv in (first, second) * 5:  # memory of one may become that of the next
+        packed.packed = None
+        packed.packed = PackedConv2d.from_dense(conv).packed
+        assert torch.equal(packed.step_weight(), pack_winograd(conv.weight, 4))
+
+
+def test_no_filters_are_made_of_a_weight_that_may_change_unseen():
+    packed = PackedConv2d.from_dense(sparse(nn.Conv2d(20, 12, 3)), winograd=4)
     with torch.inference_mode():
         packed.packed = packed.packed.clone()
-        packed.packed.copy_(PackedConv2d.from_dense(first).packed)
-        assert torch.equal(packed.step_weight(), before)
-        packed.packed.copy_(PackedConv2d.from_dense(second).packed)
-        assert torch.equal(packed.step_weight(), copied.step_weight())
+    assert packed.step_weight() is packed.packed
+    assert packed.step(torch.randn(1, 20, 5, 5)).kind == Kind.SPARSE_CONV
 
 
 @pytest.mark.parametrize(
@@ -267,6 +273,12 @@ def test_what_winograds_filtering_cannot_compute_is_refused(conv, found):
     assert winograd_refusal(conv) is not None
     with pytest.raises(ModelError, match=f"Winograd's filtering cannot .*{found}"):
         PackedConv2d.from_dense(conv, winograd=2)
+
+
+@pytest.mark.parametrize("side", [1, 3, -1])
+def test_tiles_of_another_side_are_refused(side):
+    with pytest.raises(OptionError, match=f"expected winograd to be 0, 2 or 4, found {side}"):
+        PackedConv2d.from_dense(nn.Conv2d(16, 8, 3), winograd=side)
 
 
 def test_traced_by_fx():

@@ -203,6 +203,18 @@ def test_programs_see_new_weights_behind_transformed_filters() -> None:
     assert torch.equal(program(x), before)
 
 
+def test_copies_made_for_inference_see_new_weights_too() -> None:
+    program, x = planned(graph_of(ResNet(), 4)), torch.randn(1, 3, 40, 40)
+    with torch.inference_mode():
+        copied = copy.deepcopy(program)
+        assert_same(copied(x), program(x))
+        for name, tensor in copied.named_buffers():
+            if name.endswith("packed"):
+                tensor[..., 0, :] = 0
+        assert_same(copied(x), spre_fx.to_dense(copied)(x))
+        assert copied.why_not == ""
+
+
 def has_filters(layer: nn.Module) -> bool:
     return isinstance(layer, PackedConv2d) and layer.winograd > 0
 

@@ -82,7 +82,7 @@ __attribute__((noinline)) void dense_kernel(const DenseTile<typename Numbers::El
 template <class Numbers>
 struct DenseKernels {
   static constexpr int64_t kMostBlocks = kRegisters >= 32 ? 4 : 1;
-  static constexpr int64_t kMostPixels = 6;
+  static constexpr int64_t kMostPixels = kRegisters >= 8 ? 6 : 4;
 
   // For one block of outputs, or the most.
   static DenseKernel<Numbers> pick(int64_t blocks, int64_t pixels) {

@@ -79,7 +79,9 @@ struct Step {
                         // tiles that are transformed at once
   int64_t tile_rows;    // output rows (1x1: times out_width pixels) packed at once
   int64_t split;        // parts that the outputs are divided into among threads
-  int64_t direct;  // 1: x is not packed. Only 1x1 without padding, C / groups % channel_group == 0
+  // 1: x is not packed. Only 1x1 without padding, where C / groups is a multiple of the channels
+  // that a register holds: of channel_group, or with AVX2 of channel_group / parts.
+  int64_t direct;
 };
 
 // The OpenMP runtime that torch runs on, as its GOMP_parallel and omp_get_* functions. Null where

@@ -166,11 +166,11 @@ SPRE_EXPORT int64_t spre_takes(const spre::Step* step) {
   if (s.kind == spre::kWinogradConv) return !bfloat16 && spre::winograd_takes(s);
   if (s.kind != spre::kSparseConv) return 1;
   if (s.parts != 1 && s.parts != 2 && s.parts != 4) return 0;
-  if (s.planar) return !bfloat16 && s.parts == 1 && !s.direct;
-  if (s.direct && !(spre::one_tap(s) && s.channels / s.groups % s.channel_group == 0)) return 0;
+  if (s.channel_group != 16 && s.channel_group != 32) return 0;
+  if (s.direct && !spre::may_be_direct(s)) return 0;
+  if (s.planar) return !bfloat16 && s.parts == 1;
   if (bfloat16) return s.channel_group == 32 && s.parts == 1;
-  if (s.parts > 1) return s.channel_group == 16 && s.slots % s.parts == 0;
-  return s.channel_group == 16 || s.channel_group == 32;
+  return s.parts == 1 || (s.channel_group == 16 && s.slots % s.parts == 0);
 }
 
 SPRE_EXPORT int64_t spre_scratch(const spre::Step* steps, int64_t count, int64_t threads) {

@@ -22,6 +22,13 @@ inline int64_t sharers_of_image(const Step& s, int64_t threads) {
   return ceil_div(threads, std::max<int64_t>(1, s.batch));
 }
 
+// Whether a sparse conv can read x where it lies: registers that reached beyond the last channel
+// are not needed. Where they hold a part of a channel group, its last parts may be missing.
+inline bool may_be_direct(const Step& s) {
+  const int64_t held = s.channel_group / std::min<int64_t>(s.parts, kMostSections);
+  return !s.planar && one_tap(s) && s.channels / s.groups % held == 0;
+}
+
 // The tiles of outputs that a Winograd conv cuts the images of a batch into.
 inline int64_t winograd_tiles(const Step& s) {
   return s.batch * ceil_div(s.out_height, s.winograd) * ceil_div(s.out_width, s.winograd);
@@ -30,7 +37,7 @@ inline int64_t winograd_tiles(const Step& s) {
 // Threads share the tiles or, where there are too few of them, the outputs.
 inline Step with_winograd_tile(Step s, int64_t threads) {
   const int64_t tiles = std::max<int64_t>(1, winograd_tiles(s)), points = s.winograd + 2;
-  const int64_t a_tile = points * points * round_up(s.channels, kLanes) * int64_t{sizeof(float)};
+  const int64_t a_tile = points * points * round_up(std::max<int64_t>(1, s.channels), kLanes) * 4;
   const int64_t stretches = ceil_div(tiles, std::max(kLeastWinogradTiles, kPackedBytes / a_tile));
   const bool few = tiles < threads * kLeastWinogradTiles;
   s.tile_pixels = ceil_div(tiles, few ? stretches : round_up(stretches, threads));
@@ -60,9 +67,7 @@ inline Step with_tile(const Step& step, int64_t threads) {
   s.tile_pixels =
       flat ? most : ceil_div(s.out_width, std::max<int64_t>(1, ceil_div(s.out_width, most)));
   if (s.planar) s.tile_pixels = kPlanarRegisters;
-  // Where registers hold a part of a channel group, the last parts may be missing.
-  const int64_t held = s.channel_group / std::min<int64_t>(s.parts, kMostSections);
-  s.direct = !s.planar && one_tap(s) && s.channels / s.groups % held == 0;
+  s.direct = may_be_direct(s);
 
   // Equal tiles, as many for each thread; threads that can't be given equal rows are given outputs.
   const int64_t rows = flat ? s.batch * s.out_height : s.out_height;

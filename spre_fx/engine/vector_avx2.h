@@ -152,7 +152,7 @@ struct WideFloat32Traits : HalvedFloat32Traits {
   }
 };
 
-inline constexpr int kMostSections = 4;  // that a channel group is read in
+inline constexpr int kMostSections = 4;  // parts of a channel group that a kernel reads one by one
 inline constexpr int kRegisters = 8;     // of 16 lanes
 // See vector_avx512.h.
 inline constexpr int kMaxSums = 6;

@@ -146,7 +146,7 @@ struct BFloat16Numbers {
 };
 #endif
 
-inline constexpr int kMostSections = 1;  // that a channel group is read in
+inline constexpr int kMostSections = 1;  // see vector_avx2.h
 inline constexpr int kRegisters = 32;
 // Sums of a sparse kernel: at most so many, in at most so many blocks, at so many pixels; and how
 // many leave registers for the weights, so that the input is read once.

@@ -117,7 +117,7 @@ using HalvedFloat32Traits = Float32Traits;
 using QuarteredFloat32Traits = GatherTraits<16, true>;
 using WideFloat32Traits = GatherTraits<32>;
 
-inline constexpr int kMostSections = 1;  // that a channel group is read in
+inline constexpr int kMostSections = 1;  // see vector_avx2.h
 inline constexpr int kRegisters = 4;
 // See vector_avx512.h.
 inline constexpr int kMaxSums = 4;

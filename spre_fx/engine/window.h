@@ -84,7 +84,7 @@ SPRE_NOINLINE void window_kernel(const WindowTile<X>& tile) {
 
 template <class Window, class X>
 struct WindowStep {
-  static constexpr int kPixels = kRegisters >= 32 ? 8 : 6;
+  static constexpr int kPixels = kRegisters >= 32 ? 8 : kRegisters >= 8 ? 6 : 4;
 
   explicit WindowStep(const Step& step)
       : s(step),
@@ -125,7 +125,7 @@ struct WindowStep {
   static Taps inside(int64_t start, int64_t taps, int64_t dilation, int64_t side) {
     const int64_t first = start < 0 ? ceil_div(-start, dilation) : 0;
     const int64_t end = start >= side ? 0 : std::min(taps, ceil_div(side - start, dilation));
-    return {first, std::max<int64_t>(0, end - first)};
+    return first < end ? Taps{first, end - first} : Taps{0, 0};
   }
 
   void run_row(WindowTile<X>& t, int64_t channel, int64_t row, int64_t out_row, const X* x, X* y,
@@ -133,7 +133,7 @@ struct WindowStep {
     const int64_t top = out_row * s.stride_h - s.padding_h;
     const Taps down = inside(top, s.kernel_h, s.dilation_h, s.height);
     x += (top + down.first * s.dilation_h) * s.width * s.x_stride + channel;
-    weight += down.first * t.weight_row + channel;
+    if constexpr (Window::kWeights) weight += down.first * t.weight_row + channel;
     y += row * s.out_width * s.y_stride + channel;
     if (residual != nullptr) residual += row * s.out_width * s.residual_stride + channel;
     t.taps_h = down.count;
@@ -144,7 +144,7 @@ struct WindowStep {
       const Taps across = inside(left, s.kernel_w, s.dilation_w, s.width);
       t.x = x + (left + across.first * s.dilation_w) * s.x_stride;
       t.taps_w = across.count;
-      t.weight = weight + across.first * t.weight_step;
+      if constexpr (Window::kWeights) t.weight = weight + across.first * t.weight_step;
       t.y = y + column * s.y_stride;
       t.residual = residual == nullptr ? nullptr : residual + column * s.residual_stride;
       const int64_t divisor = s.count_inside ? std::max<int64_t>(1, down.count * across.count)

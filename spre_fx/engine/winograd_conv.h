@@ -89,22 +89,23 @@ struct WinogradConv {
            const Worker& worker) const {
     float* transformed = reinterpret_cast<float*>(worker.scratch);
     float* products = transformed + kProducts * unit * padded;
-    float* nothing = products + kProducts * unit * kWidth;
-    std::fill(nothing, nothing + padded, 0.f);
-    const int64_t turns = ceil_div(blocks, Kernels::kMostBlocks);
-    int64_t there = -1;
+    float* zero_pixel = products + kProducts * unit * kWidth;
+    std::fill(zero_pixel, zero_pixel + padded, 0.f);
+    const int64_t block_groups = ceil_div(blocks, Kernels::kMostBlocks);
+    int64_t transformed_stretch = -1;
     for (int64_t task = worker.first(stretches * split); task < worker.last(stretches * split);
          ++task) {
       const int64_t stretch = task % stretches, part = task / stretches;
       const int64_t first = tiles * stretch / stretches;
       const int64_t count = tiles * (stretch + 1) / stretches - first;
-      if (stretch != there) {
+      if (stretch != transformed_stretch) {
         for (int64_t i = 0; i < count; ++i)
-          transform_input(x, first + i, nothing, transformed + i * padded);
-        there = stretch;
+          transform_input(x, first + i, zero_pixel, transformed + i * padded);
+        transformed_stretch = stretch;
       }
-      for (int64_t turn = turns * part / split; turn < turns * (part + 1) / split; ++turn) {
-        const int64_t block = turn * Kernels::kMostBlocks;
+      const int64_t last = block_groups * (part + 1) / split;
+      for (int64_t group = block_groups * part / split; group < last; ++group) {
+        const int64_t block = group * Kernels::kMostBlocks;
         const int64_t now = std::min(Kernels::kMostBlocks, blocks - block);
         multiply(transformed, count, block, now, weight, products);
         for (int64_t i = 0; i < count; ++i)
@@ -128,14 +129,14 @@ struct WinogradConv {
   }
 
   // B^T x B of one tile, for 16 channels at a time.
-  void transform_input(const float* x, int64_t tile, const float* nothing, float* to) const {
+  void transform_input(const float* x, int64_t tile, const float* zero_pixel, float* to) const {
     const auto [image, row, column] = corner(tile);
     const float* from[kPoints][kPoints];
     for (int i = 0; i < kPoints; ++i)
       for (int j = 0; j < kPoints; ++j) {
         const int64_t h = row - s.padding_h + i, w = column - s.padding_w + j;
         const bool inside = h >= 0 && h < s.height && w >= 0 && w < s.width;
-        from[i][j] = inside ? x + ((image * s.height + h) * s.width + w) * s.x_stride : nothing;
+        from[i][j] = inside ? x + ((image * s.height + h) * s.width + w) * s.x_stride : zero_pixel;
       }
     for (int64_t c = 0; c < s.channels; c += kLanes) {
       const int lanes = static_cast<int>(std::min<int64_t>(kLanes, s.channels - c));
@@ -222,9 +223,9 @@ struct WinogradConv {
   }
 
   const Step& s;
-  int64_t down, across, tiles;  // of outputs
-  int64_t blocks, padded;       // of outputs, channels
-  int64_t unit, split, stretches;
+  int64_t down, across, tiles;     // of outputs
+  int64_t blocks, padded;          // of outputs, channels
+  int64_t stretches, unit, split;  // runs of tiles transformed at once, the longest, and see Step
 };
 
 }  // namespace spre
