@@ -111,9 +111,9 @@ struct WindowStep {
       const int64_t part = task % parts;
       const auto [image, row, one] = rows[task / parts];
       const X* from = x + image * s.height * s.width * s.x_stride;
-      for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block)
-        run_row(t, block * kLanes, image * s.out_height + row, row, from, y, residual, weight,
-                bias);
+      const Channels channels = {blocks * part / parts * kLanes,
+                                 std::min(blocks * (part + 1) / parts * kLanes, s.channels)};
+      run_row(t, channels, image * s.out_height + row, row, from, y, residual, weight, bias);
     }
   }
 
@@ -128,29 +128,36 @@ struct WindowStep {
     return first < end ? Taps{first, end - first} : Taps{0, 0};
   }
 
-  void run_row(WindowTile<X>& t, int64_t channel, int64_t row, int64_t out_row, const X* x, X* y,
+  struct Channels {
+    int64_t first, end;
+  };
+
+  // All of some channels before the next outputs: so memory is read in the order in which it lies.
+  void run_row(WindowTile<X>& t, Channels channels, int64_t row, int64_t out_row, const X* x, X* y,
                const X* residual, const X* weight, const float* bias) const {
     const int64_t top = out_row * s.stride_h - s.padding_h;
     const Taps down = inside(top, s.kernel_h, s.dilation_h, s.height);
-    x += (top + down.first * s.dilation_h) * s.width * s.x_stride + channel;
-    if constexpr (Window::kWeights) weight += down.first * t.weight_row + channel;
-    y += row * s.out_width * s.y_stride + channel;
-    if (residual != nullptr) residual += row * s.out_width * s.residual_stride + channel;
+    x += (top + down.first * s.dilation_h) * s.width * s.x_stride;
+    if constexpr (Window::kWeights) weight += down.first * t.weight_row;
     t.taps_h = down.count;
-    t.bias = bias == nullptr ? nullptr : bias + channel;
-    t.lanes = static_cast<int>(std::min<int64_t>(kLanes, s.channels - channel));
     const auto run = [&](int64_t column, int64_t width) {
       const int64_t left = column * s.stride_w - s.padding_w;
       const Taps across = inside(left, s.kernel_w, s.dilation_w, s.width);
-      t.x = x + (left + across.first * s.dilation_w) * s.x_stride;
+      const X* x_here = x + (left + across.first * s.dilation_w) * s.x_stride;
+      const int64_t pixel = row * s.out_width + column;
       t.taps_w = across.count;
-      if constexpr (Window::kWeights) t.weight = weight + across.first * t.weight_step;
-      t.y = y + column * s.y_stride;
-      t.residual = residual == nullptr ? nullptr : residual + column * s.residual_stride;
       const int64_t divisor = s.count_inside ? std::max<int64_t>(1, down.count * across.count)
                                              : s.kernel_h * s.kernel_w;
       t.scale = 1.f / static_cast<float>(divisor);
-      pick(width, across.count, t.lanes)(t);
+      for (int64_t c = channels.first; c < channels.end; c += kLanes) {
+        t.x = x_here + c;
+        if constexpr (Window::kWeights) t.weight = weight + across.first * t.weight_step + c;
+        t.y = y + pixel * s.y_stride + c;
+        t.residual = residual == nullptr ? nullptr : residual + pixel * s.residual_stride + c;
+        t.bias = bias == nullptr ? nullptr : bias + c;
+        t.lanes = static_cast<int>(std::min<int64_t>(kLanes, channels.end - c));
+        pick(width, across.count, t.lanes)(t);
+      }
     };
     // The outputs whose windows lie inside of the image from left to right go together.
     const int64_t reach = (s.kernel_w - 1) * s.dilation_w;
