@@ -49,8 +49,7 @@ class Planes {
   int64_t columns() const { return columns_; }
   int64_t channel() const { return channel_; }
   int64_t bytes() const { return s_.channels * channel_ * static_cast<int64_t>(sizeof(float)); }
-  const int64_t* taps() const { return taps_.data(); }
-  int64_t tap_count() const { return static_cast<int64_t>(taps_.size()); }
+  const std::vector<int64_t>& taps() const { return taps_; }
   // How much of a channel the outputs at so many positions read, about.
   int64_t window(int64_t positions) const {
     return phases_h_ * phases_w_ * (positions + reach_h_ / s_.stride_h * columns_);
@@ -127,17 +126,16 @@ struct PlanarEntry {
 // Sums of one output at `Vectors` registers of positions, over some channel groups.
 struct PlanarSums {
   const PlanarEntry* entries;
-  const float* x;         // the first of those channel groups, at the first position
-  int64_t channel;        // from channel to channel
-  int64_t channel_group;  // channels
-  int64_t channel_groups;
-  const int64_t* taps;
-  int64_t tap_count;
-  int64_t slots;
+  int64_t count;
+  const float* x;        // the first of those channel groups, at the first position
+  const int32_t* bases;  // of each entry: its channel group and its tap, from there
+  int64_t channel;       // from channel to channel
   float* sums;
   bool begin;  // from zero
 };
 
+// One loop over channel groups, taps and slots: with one slot a tap, loops within loops would take
+// longer than what they repeat.
 template <int Vectors>
 SPRE_NOINLINE void planar_sums(const PlanarSums& p) {
   using Vector = Lanes<float>::Vector;
@@ -149,19 +147,16 @@ SPRE_NOINLINE void planar_sums(const PlanarSums& p) {
   } else {
     UNROLLED_FOR (int v = 0; v < Vectors; ++v) sums[v] = memory[v];
   }
-  const PlanarEntry* entry = p.entries;
-  const float* group = p.x;
-  for (int64_t g = 0; g < p.channel_groups; ++g, group += p.channel_group * p.channel)
-    for (int64_t t = 0; t < p.tap_count; ++t) {
-      const float* tap = group + p.taps[t];
-      ROLLED_FOR (int64_t s = 0; s < p.slots; ++s, ++entry) {
-        const float* x = tap + entry->channel * p.channel;
-        asm("" : "+r"(x));  // one register is the address of all that follows
-        const float weight = entry->value;
-        UNROLLED_FOR (int v = 0; v < Vectors; ++v)
-          sums[v] += load_unaligned(x + v * kCount) * weight;
-      }
-    }
+  const PlanarEntry* entries = p.entries;
+  const int32_t* bases = p.bases;
+  const float* from = p.x;
+  const int64_t channel = p.channel, count = p.count;
+  ROLLED_FOR (int64_t i = 0; i < count; ++i) {
+    const float* x = from + bases[i] + entries[i].channel * channel;
+    asm("" : "+r"(x));  // one register is the address of all that follows
+    const float weight = entries[i].value;
+    UNROLLED_FOR (int v = 0; v < Vectors; ++v) sums[v] += load_unaligned(x + v * kCount) * weight;
+  }
   UNROLLED_FOR (int v = 0; v < Vectors; ++v) memory[v] = sums[v];
 }
 
@@ -196,6 +191,10 @@ class PlanarConv {
     chunk_ = std::clamp<int64_t>(
         (together_ < channel_groups_ ? kSumsBytes : 0) / of_output / kLanes * kLanes, kLanes,
         round_up(outputs_, kLanes));
+    for (int64_t group = 0; group < together_; ++group)
+      for (int64_t tap : planes_.taps())
+        bases_.insert(bases_.end(), s_.slots,
+                      static_cast<int32_t>(group * s_.channel_group * planes_.channel() + tap));
   }
 
   int64_t scratch_bytes() const {
@@ -225,7 +224,7 @@ class PlanarConv {
   static constexpr int64_t kMostVectors = kPlanarRegisters;
   // Of the first-level cache for windows, and of the second for sums. Few entries at a time would
   // spend more on sums, to and from memory, than windows in the second-level cache cost.
-  static constexpr int64_t kWindowBytes = 16 << 10, kSumsBytes = 64 << 10, kLeastEntries = 48;
+  static constexpr int64_t kWindowBytes = 16 << 10, kSumsBytes = 64 << 10, kLeastEntries = 24;
 
   // The outputs of a tile: `rows` rows of `columns` from pixel `first` on.
   struct Place {
@@ -258,24 +257,22 @@ class PlanarConv {
     const int64_t end = (place.rows - 1) * planes_.columns() + place.columns;
     const int64_t vectors = ceil_div(end, kCount), stretches = ceil_div(vectors, stretch_);
     PlanarSums p;
+    p.bases = bases_.data();
     p.channel = planes_.channel();
-    p.channel_group = s_.channel_group;
-    p.taps = planes_.taps();
-    p.tap_count = planes_.tap_count();
-    p.slots = s_.slots;
     for (int64_t i = 0; i < stretches; ++i) {
       const int64_t begin = vectors * i / stretches, count = vectors * (i + 1) / stretches - begin;
       const auto kernel = pick(count, std::make_integer_sequence<int, kMostVectors>());
       for (int64_t output = first; output < last; output += chunk_) {
         const int64_t many = std::min(chunk_, last - output);
         for (int64_t cut = 0; cut < channel_groups_; cut += together_) {
-          p.channel_groups = std::min(together_, channel_groups_ - cut);
+          p.count = std::min(together_, channel_groups_ - cut) * per_group_;
           p.x = planes + cut * s_.channel_group * p.channel + begin * kCount;
           p.begin = cut == 0;
           for (int64_t o = 0; o < many; ++o) {
             const int64_t row = (g * outputs_ + output + o) * channel_groups_ + cut;
             p.entries = weight + row * per_group_;
             p.sums = sums + o * stretch_ * kCount;
+            fetch(p.entries + channel_groups_ * per_group_, p.count);
             kernel(p);
           }
         }
@@ -284,6 +281,12 @@ class PlanarConv {
                 residual, bias);
       }
     }
+  }
+
+  // The next output's entries come in meanwhile: they lie elsewhere, perhaps beyond L2.
+  static void fetch(const PlanarEntry* entries, int64_t count) {
+    constexpr int64_t kLine = kCacheLine / sizeof(PlanarEntry);
+    for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(entries + i);
   }
 
   using Kernel = void (*)(const PlanarSums&);
@@ -351,9 +354,10 @@ class PlanarConv {
   RowTiles rows_;
   int64_t pixels_ = 0, unit_ = 0, tiles_ = 0;
   int64_t split_ = 1;
-  int64_t stretch_ = 1;     // registers of positions that are computed at once
-  int64_t together_ = 1;    // channel groups whose windows stay in the cache
-  int64_t chunk_ = kLanes;  // outputs whose sums do
+  int64_t stretch_ = 1;         // registers of positions that are computed at once
+  int64_t together_ = 1;        // channel groups whose windows stay in the cache
+  int64_t chunk_ = kLanes;      // outputs whose sums do
+  std::vector<int32_t> bases_;  // see PlanarSums
 };
 
 }  // namespace spre
