@@ -11,6 +11,7 @@ from spre_fx.cpu_backend import CPUBackend, predicted_ratio, processor
 from spre_fx.packed_layers import PackedConv2d, PackedLinear
 
 PATTERN = Pattern(1, 4)
+ISAS = ("avx512", "avx2", "portable")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,9 @@ def test_bfloat16_needs_its_instructions(
     assert taken or found == refused
 
 
-def test_the_rule_follows_the_predicted_ratio() -> None:
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_rule_follows_the_predicted_ratio(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_backend.engine, "load", lambda: SimpleNamespace(isa=isa))
     backend = CPUBackend()
     for layer, pattern, kind in (
         (nn.Conv2d(256, 256, 3), Pattern(1, 16), "cpu"),
@@ -104,29 +107,31 @@ def test_the_rule_follows_the_predicted_ratio() -> None:
         assert isinstance(ways, list)
         chosen = backend.rule(layer, pattern, ways, None)
         assert chosen.kind == kind
-        assert (chosen.kind == "cpu") == (predicted_ratio(layer, pattern) > 1)
+        assert (chosen.kind == "cpu") == (predicted_ratio(layer, pattern, isa) > 1)
         assert (chosen.module is layer) == (kind == "dense")
 
 
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("layer", [nn.Conv2d(64, 64, 3), nn.Conv2d(8, 8, 1), nn.Linear(24, 40)])
-def test_fewer_non_zeros_are_never_slower(layer: nn.Module) -> None:
+def test_fewer_non_zeros_are_never_slower(layer: nn.Module, isa: str) -> None:
     patterns = [Pattern(n, m) for m in (1, 2, 4, 8, 16, 32) for n in range(1, m)]
     by_density = sorted(patterns, key=lambda pattern: pattern.n / pattern.m)
-    ratios = [predicted_ratio(layer, pattern) for pattern in by_density]
+    ratios = [predicted_ratio(layer, pattern, isa) for pattern in by_density]
     assert ratios == sorted(ratios, reverse=True)
     dense = [p for p in by_density if p.n / p.m >= 3 / 4]
     assert all(ratio < 1 for ratio in ratios[-len(dense) :])
 
 
-def test_wider_layers_gain_more() -> None:
+@pytest.mark.parametrize("isa", ISAS)
+def test_wider_layers_gain_more(isa: str) -> None:
     for pattern in (Pattern(1, 4), Pattern(2, 4)):
         widths = (4, 8, 16, 32, 64, 256)
-        outputs = [predicted_ratio(nn.Linear(64, width), pattern) for width in widths]
-        inputs = [predicted_ratio(nn.Linear(width, 64), pattern) for width in widths]
+        outputs = [predicted_ratio(nn.Linear(64, width), pattern, isa) for width in widths]
+        inputs = [predicted_ratio(nn.Linear(width, 64), pattern, isa) for width in widths]
         assert outputs == sorted(outputs)
         assert inputs == sorted(inputs)
-    grouped = predicted_ratio(nn.Conv2d(64, 64, 3, groups=8), PATTERN)
-    assert grouped == predicted_ratio(nn.Conv2d(8, 8, 3), PATTERN)
+    grouped = predicted_ratio(nn.Conv2d(64, 64, 3, groups=8), PATTERN, isa)
+    assert grouped == predicted_ratio(nn.Conv2d(8, 8, 3), PATTERN, isa)
 
 
 def test_times_are_those_of_a_processor_and_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
