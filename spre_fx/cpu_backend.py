@@ -14,8 +14,9 @@ from torch import nn
 from spre_fx import engine
 from spre_fx.backends import Lowered, dense
 from spre_fx.engine.library import VERSION
-from spre_fx.packed_layers import PackedConv2d, PackedLinear, refusal, winograd_refusal
+from spre_fx.packed_layers import PackedConv2d, PackedLinear, refusal
 from spre_fx.patterns import Pattern
+from spre_fx.winograd_filters import winograd_refusal
 
 _BFLOAT16 = "avx512_bf16"  # the instruction set that the engine needs for it
 _WITH_LONG_PERMUTES = ("avx512_bf16", "avx512")  # of 16 lanes

@@ -8,8 +8,7 @@ which no `.to(dtype)` changes. There is no gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,29 +22,17 @@ from spre_fx.weight_layout import (
     layout,
     pack,
     pack_bias,
-    pack_winograd,
     packable,
     unpack,
     unpack_bias,
     weight_dtype,
 )
+from spre_fx.winograd_filters import filters_of, winograd_refusal
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 _Dense = TypeVar("_Dense", nn.Conv2d, nn.Linear)
-
-
-class _Transformed(NamedTuple):
-    """Transformed filters, and what they were made of: a tensor, and its numbers by `key`."""
-
-    packed: Tensor
-    key: tuple[int, int, int]
-    filters: Tensor
-
-
-# Of each layer that has any: all programs of its graphs share them.
-_transformed: WeakKeyDictionary[nn.Module, _Transformed] = WeakKeyDictionary()
 
 
 def refusal(layer: nn.Module) -> str | None:
@@ -63,19 +50,6 @@ def refusal(layer: nn.Module) -> str | None:
             "expected as much padding on either side, found padding='same' with a kernel of "
             f"{layer.kernel_size} and dilation {layer.dilation}."
         )
-    return None
-
-
-def winograd_refusal(layer: nn.Conv2d | PackedConv2d) -> str | None:
-    """Why Winograd's filtering cannot compute a convolution, in a sentence; None where it can."""
-    dtype = layer.weight.dtype if isinstance(layer, nn.Conv2d) else layer.dtype
-    if (dtype, layer.kernel_size, layer.groups) != (torch.float32, (3, 3), 1):
-        return (
-            "expected a float32 weight with a kernel of (3, 3) in 1 group, found "
-            f"{dtype} with {layer.kernel_size} in {layer.groups}."
-        )
-    if (*layer.stride, *layer.dilation) != (1, 1, 1, 1):
-        return f"expected a stride and dilation of 1, found {layer.stride} and {layer.dilation}."
     return None
 
 
@@ -319,15 +293,7 @@ class PackedConv2d(_Packed):
 
     def step_weight(self) -> Tensor:
         """The weight that `step` reads: the packed one, or what was made of it as it is now."""
-        packed = self.packed
-        if not self.transforms:
-            return packed
-        key = packed.data_ptr(), packed._version, self.winograd
-        known = _transformed.get(self)
-        if known is None or known.packed is not packed or known.key != key:
-            filters = pack_winograd(self.dense_weight(), self.winograd)
-            known = _transformed[self] = _Transformed(packed, key, filters)
-        return known.filters
+        return filters_of(self) if self.transforms else self.packed
 
     def _how(self) -> tuple[Any, ...]:
         return (

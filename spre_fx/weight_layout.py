@@ -25,6 +25,7 @@ and `pack_winograd`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
@@ -201,6 +202,20 @@ def unpack(packed: Tensor, shape: tuple[int, ...], groups: int = 1) -> Tensor:
     outputs = ordered.permute(0, 1, 4, 2, 5, 3).reshape(groups, blocks * BLOCK, -1, taps)
     weight: Tensor = outputs[:, : shape[0] // groups, : shape[1]].reshape(shape)
     return weight.contiguous().view(dtype)
+
+
+def unpack_blocks(packed: Tensor, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """The weight that was packed in one group, 16 outputs at a time.
+
+    What `unpack` needs on the way is several times as large as what it returns.
+
+    Args:
+        packed: What `pack` made.
+        shape: `(C_out, C_in, kH, kW)`.
+    """
+    size = BLOCK if packed.ndim == _PLANAR_AXES else 1
+    for first, block in zip(range(0, shape[0], BLOCK), packed.split(size, 1), strict=True):
+        yield unpack(block, (min(BLOCK, shape[0] - first), *shape[1:]))
 
 
 def channels_below(packed: Tensor, channel_group: int) -> bool:

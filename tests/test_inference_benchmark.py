@@ -221,11 +221,12 @@ def test_freezing_packs_the_weights(engines):
 def test_layers_table():
     layers = runpy.run_path(str(INFERENCE / "layers.py"))
     shape = layers["Shape"]((1, 64, 14, 14), 32, 3, 2)
-    figures = layers["Figures"](shape, 3, {"dense": 2.0, "1:4": 0.5}, {"dense": 4e7, "1:4": 1e7})
+    times, flops = {"dense": 2.0, "1:4": 0.5}, {"dense": 4e7, "1:4": 1e7}
+    figures = layers["Figures"](shape, 3, times, flops, {"1:4": "planar"})
     assert (figures.rate("dense"), figures.rate("1:4")) == (20, 20)
     text = layers["table"]([figures], 40.0)
     assert "| 64-32 3x3/2 14x14 | 3 " in text
-    assert "| 0.500 ms, 4.00x, 20 GFLOP/s, 50%, left 0.75 ms |" in text
+    assert "| planar: 0.500 ms, 4.00x, 20 GFLOP/s, 50%, left 0.75 ms |" in text
     assert "| 1.50 ms, 4.00x, 50%, left 0.75 ms " in text
 
 
@@ -240,16 +241,63 @@ def test_every_distinct_conv_of_a_network_is_measured():
     assert (conv.weight != 0).double().mean() == 0.25
 
 
-@pytest.mark.parametrize("make", ["dense_runner", "packed_runner"])
-def test_runners_of_one_conv_compute_it(make):
-    if make == "packed_runner":
-        pytest.importorskip("spre_fx.packed_layers")
-    layers = runpy.run_path(str(INFERENCE / "layers.py"))
-    conv = nn.Conv2d(32, 16, 3, stride=2, padding=1)
+@pytest.fixture(name="layers")
+def _layers():
+    if engine.load() is None:
+        pytest.skip("the engine is not there")
+    return runpy.run_path(str(INFERENCE / "layers.py"))
+
+
+def sparse_conv(pattern: str, **options: int) -> nn.Conv2d:
+    conv = nn.Conv2d(32, 32, 3, padding=1, **options).requires_grad_(requires_grad=False)
+    conv.weight *= spre_fx.masks.nm_mask(conv.weight, spre_fx.Pattern.parse(pattern))
+    return conv
+
+
+def test_the_dense_runner_computes_the_conv(layers):
+    conv = sparse_conv("2:4", stride=2)
     x = torch.randn(1, 32, 8, 8).contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        found = layers[make](conv, x)()
-        torch.testing.assert_close(found.to_dense(), conv(x).relu())
+    torch.testing.assert_close(layers["dense_runner"](conv, x)().to_dense(), conv(x).relu())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "stride", "by_winograd"), [("2:4", 1, 2), ("2:4", 2, 0), ("1:16", 1, 0)]
+)
+def test_the_ways_are_those_of_finalize(layers, pattern, stride, by_winograd):
+    conv = sparse_conv(pattern, stride=stride)
+    ways = layers["sparse_ways"](conv, pattern)
+    by_outputs, *others = ways
+    quartered = engine.load().isa == "avx2" and pattern == "2:4"
+    assert by_outputs == ("quartered" if quartered else "permuted")
+    assert others == ["planar", "winograd 2x2", "winograd 4x4"][: 1 + by_winograd]
+    x = torch.randn(1, 32, 8, 8).contiguous(memory_format=torch.channels_last)
+    for way in ways.values():
+        torch.testing.assert_close(way.module(x), conv(x).relu(), rtol=0, atol=1e-5)
+        assert layers["sparse_runner"](way.module, x)() is None
+
+
+def test_the_fastest_way_is_shown_and_memory_has_its_price(layers, monkeypatch):
+    milliseconds = {"dense": 9.0, "1:4 planar": 2.0, "1:4 winograd 4x4": 1.75}
+
+    def interleave(runners, **_):
+        return {name: [milliseconds.get(name, 3.0)] for name in runners}
+
+    monkeypatch.setattr(layers["timing"], "interleave", interleave)
+    conv, options = sparse_conv("1:4"), argparse.Namespace(seconds=0, rounds=1)
+    shape = layers["Shape"]((1, 32, 8, 8), 32, 3, 1)
+    calls = {"dense": 1.0, "sparse": 0.5}
+
+    def figures():
+        return layers["_figures"](shape, 1, {"1:4": conv}, calls, options)
+
+    assert figures().ways == {
+        "1:4": "planar"
+    }  # 1.25 ms by Winograd's filtering, at a price of 1.25
+    assert figures().milliseconds == {"dense": 8.0, "1:4": 1.5}
+    assert figures().flops["dense"] == 4 * figures().flops["1:4"] == 2 * 9 * 32 * 32 * 64
+    milliseconds["1:4 winograd 4x4"] = 1.6
+    assert figures().ways == {"1:4": "winograd 4x4"}
+    assert figures().milliseconds["1:4"] == pytest.approx(1.1)
 
 
 def test_weights_of_each_engine_stand_in_the_table_of_memory():

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 
 from spre_fx import ModelError, OptionError, Pattern, masks
-from spre_fx.engine import Kind
-from spre_fx.packed_layers import PackedConv2d, PackedLinear, refusal, winograd_refusal
-from spre_fx.weight_layout import pack_winograd
+from spre_fx.packed_layers import PackedConv2d, PackedLinear, refusal
 
 
 def sparse(layer: nn.Module, pattern: str = "1:4") -> nn.Module:
@@ -219,66 +217,6 @@ def test_exported_with_any_batch_and_image():
     for shape in ((1, 32, 5, 7), (4, 32, 3, 9)):
         x = torch.randn(shape)
         torch.testing.assert_close(loaded(x), net(x), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("side", [2, 4])
-def test_layers_that_plans_compute_by_winograds_filtering(side):
-    conv = sparse(nn.Conv2d(20, 12, 3, padding=1))
-    packed = PackedConv2d.from_dense(conv, winograd=side)
-    x = torch.randn(2, 20, 7, 9)
-    torch.testing.assert_close(packed(x), conv(x), rtol=0, atol=1e-5)
-    assert f"winograd={side}" in str(packed)
-    assert packed.state_dict().keys() == {"packed", "bias"}
-    assert torch.equal(packed.dense_weight(), conv.weight)
-    step = packed.step(x)
-    assert (step.kind, step.winograd) == (Kind.WINOGRAD_CONV, side)
-    assert torch.equal(packed.step_weight(), pack_winograd(conv.weight, side))
-
-
-def test_transformed_filters_follow_the_weight():
-    first, second = (sparse(nn.Conv2d(20, 12, 3)) for _ in range(2))
-    packed = PackedConv2d.from_dense(first, winograd=4)
-    before = packed.step_weight()
-    assert packed.step_weight() is before
-    assert PackedConv2d.from_dense(first).step_weight().dtype == torch.int32
-    packed.load_state_dict(PackedConv2d.from_dense(second).state_dict())
-    assert torch.equal(packed.step_weight(), pack_winograd(second.weight, 4))
-    copied = pickle.loads(pickle.dumps(copy.deepcopy(packed)))
-    assert torch.equal(copied.step_weight(), packed.step_weight())
-    for conv in (first, second) * 5:  # memory of one may become that of the next
-        packed.packed = None
-        packed.packed = PackedConv2d.from_dense(conv).packed
-        assert torch.equal(packed.step_weight(), pack_winograd(conv.weight, 4))
-
-
-def test_no_filters_are_made_of_a_weight_that_may_change_unseen():
-    packed = PackedConv2d.from_dense(sparse(nn.Conv2d(20, 12, 3)), winograd=4)
-    with torch.inference_mode():
-        packed.packed = packed.packed.clone()
-    assert packed.step_weight() is packed.packed
-    assert packed.step(torch.randn(1, 20, 5, 5)).kind == Kind.SPARSE_CONV
-
-
-@pytest.mark.parametrize(
-    ("conv", "found"),
-    [
-        (nn.Conv2d(16, 8, 1), r"found torch.float32 with \(1, 1\) in 1"),
-        (nn.Conv2d(16, 8, 3).bfloat16(), r"found torch.bfloat16 with \(3, 3\) in 1"),
-        (nn.Conv2d(16, 8, 3, groups=2), r"found torch.float32 with \(3, 3\) in 2"),
-        (nn.Conv2d(16, 8, 3, stride=2), r"found \(2, 2\) and \(1, 1\)"),
-        (nn.Conv2d(16, 8, 3, dilation=(1, 2)), r"found \(1, 1\) and \(1, 2\)"),
-    ],
-)
-def test_what_winograds_filtering_cannot_compute_is_refused(conv, found):
-    assert winograd_refusal(conv) is not None
-    with pytest.raises(ModelError, match=f"Winograd's filtering cannot .*{found}"):
-        PackedConv2d.from_dense(conv, winograd=2)
-
-
-@pytest.mark.parametrize("side", [1, 3, -1])
-def test_tiles_of_another_side_are_refused(side):
-    with pytest.raises(OptionError, match=f"expected winograd to be 0, 2 or 4, found {side}"):
-        PackedConv2d.from_dense(nn.Conv2d(16, 8, 3), winograd=side)
 
 
 def test_traced_by_fx():

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 import spre_fx
 from spre_fx import engine
-from spre_fx.packed_layers import PackedConv2d, PackedLinear, winograd_refusal
+from spre_fx.packed_layers import PackedConv2d, PackedLinear
 from spre_fx.passes import FuseEpilogues, trace
 from spre_fx.passes.edit import replace_module
 from spre_fx.passes.planned_graph import PlannedGraphModule, planned
+from spre_fx.winograd_filters import winograd_refusal
 
 pytestmark = pytest.mark.skipif(engine.load() is None, reason="needs the engine")
 

@@ -1,12 +1,18 @@
-"""How fast each conv of ResNet-50 runs by itself, next to the dense one and to the kernel's limit.
+"""How fast each conv of ResNet-50 runs by itself, next to the dense one and to the kernels' limit.
 
     python benchmarks/inference/layers.py --threads 1
 
-Each distinct conv, with its bias and a ReLU, runs through one packed layer for each pattern, in
-turn with oneDNN's dense conv (weights packed beforehand). Of all times that of a call with next to
-nothing to compute is taken off. GFLOP/s count non-zeros only. The limit: a permute precedes every
-multiply-add and shares a port with one of the two units of a Zen 4, so that 0.75 of the dense peak
-is left; the peak is what the best dense conv of the table reaches, or --peak.
+Each distinct conv, with its bias and a ReLU, runs in every way that `finalize` chooses from for a
+pattern, as a planned graph runs it, in turn with oneDNN's dense conv (weights packed beforehand). A
+cell is of the fastest, where Winograd's filtering is held to be slower by the price of its memory.
+Of all times that of a call with next to nothing to compute is taken off.
+
+GFLOP/s count non-zeros only, and the limit is of kernels that compute those. With AVX-512 a permute
+precedes every multiply-add and shares a port with one of the two units of a Zen 4, so that 0.75 of
+the dense peak is left. Elsewhere planar kernels need no permutes: a multiply-add with a load each,
+of which a core with two units does two a cycle, so that the dense peak is the limit. Winograd's
+filtering is dense, with fewer multiplications, and may be beyond it. The peak is what the best
+dense conv of the table reaches, or --peak.
 """
 
 from __future__ import annotations
@@ -30,6 +36,10 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import spre_fx
+from spre_fx import engine
+from spre_fx.backends import Lowered
+
+_PERMUTING = ("avx512_bf16", "avx512")  # the instruction sets whose kernels permute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +65,14 @@ class Figures:
         count: How often the network has it.
         milliseconds: Of "dense", and of each pattern.
         flops: Of one call, two a multiply-add, by the same names; zeros do not count.
+        ways: How each pattern runs.
     """
 
     shape: Shape
     count: int
     milliseconds: dict[str, float]
     flops: dict[str, float]
+    ways: dict[str, str]
 
     def rate(self, name: str) -> float:
         """GFLOP/s."""
@@ -104,14 +116,30 @@ def dense_runner(conv: nn.Conv2d, x: Tensor) -> Callable[[], Any]:
     return lambda: run(x, weight, conv.bias, *geometry, "relu", [], "")
 
 
-def packed_runner(conv: nn.Conv2d, x: Tensor) -> Callable[[], Any]:
-    """One packed layer of this library, with its ReLU."""
-    from spre_fx.cpu_backend import shuffles_bytes  # noqa: PLC0415
-    from spre_fx.packed_layers import PackedConv2d  # noqa: PLC0415
+def sparse_ways(conv: nn.Conv2d, pattern: str) -> dict[str, Lowered]:
+    """The ways that `finalize` chooses from, by name, with a ReLU."""
+    from spre_fx.cpu_backend import CPUBackend  # noqa: PLC0415
 
-    layer = PackedConv2d.from_dense(conv, quartered=shuffles_bytes())
-    layer.activation = "relu"
-    return lambda: layer(x)
+    found = CPUBackend().candidates(conv, spre_fx.Pattern.parse(pattern))
+    if isinstance(found, str):
+        raise RuntimeError(f"expected a conv that can be packed: {found}")
+    ways: dict[str, Lowered] = {}
+    for way in found:
+        layer: Any = way.module
+        layer.activation = "relu"
+        layout = "planar" if layer.layout.planar else "quartered" * layer.layout.quartered
+        ways[way.kind if layer.winograd else layout or "permuted"] = way
+    return ways
+
+
+def sparse_runner(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """One packed layer, as a planned graph runs it."""
+    from spre_fx.cpu_timing import planned_call  # noqa: PLC0415
+
+    run = planned_call(layer, x)
+    if run is None:
+        raise RuntimeError(f"expected a layer that the engine runs, found {layer}")
+    return run
 
 
 def nothing_to_do() -> tuple[nn.Conv2d, Tensor]:
@@ -120,14 +148,21 @@ def nothing_to_do() -> tuple[nn.Conv2d, Tensor]:
     return nn.Conv2d(16, 16, 1).requires_grad_(requires_grad=False), x
 
 
+def calls_alone() -> dict[str, float]:
+    """Milliseconds of a call that has nothing to compute, dense and sparse."""
+    conv, x = nothing_to_do()
+    packed = next(iter(sparse_ways(conv, "1:16").values())).module
+    runs = {"dense": dense_runner(conv, x), "sparse": sparse_runner(packed, x)}
+    return {name: timing.visit(run, 0.1) for name, run in runs.items()}
+
+
 def measure(options: argparse.Namespace) -> list[Figures]:
     """The figures of each distinct conv."""
     x = networks.images(options.batch, options.pixels)
     by_pattern = {p: convs(options.model, p, x) for p in options.patterns}
     first = next(iter(by_pattern.values()))
     counts = Counter(shape for shape, _ in first.values())
-    tiny = nothing_to_do()
-    calls = {name: timing.visit(make(*tiny), 0.1) for name, make in _makers().items()}
+    calls = calls_alone()
     print(f"a call with nothing to compute, ms: {_named(calls)}; taken off below", flush=True)
     figures = []
     for shape, count in counts.items():
@@ -135,10 +170,6 @@ def measure(options: argparse.Namespace) -> list[Figures]:
         layers = {p: found[name][1] for p, found in by_pattern.items()}
         figures.append(_figures(shape, count, layers, calls, options))
     return figures
-
-
-def _makers() -> dict[str, Callable[[nn.Conv2d, Tensor], Callable[[], Any]]]:
-    return {"dense": dense_runner, "packed": packed_runner}
 
 
 def _figures(
@@ -150,19 +181,31 @@ def _figures(
 ) -> Figures:
     x = torch.randn(shape.size).contiguous(memory_format=torch.channels_last)
     any_layer = next(iter(layers.values()))
+    ways = {pattern: sparse_ways(conv, pattern) for pattern, conv in layers.items()}
     runners = {"dense": dense_runner(any_layer, x)}
-    runners |= {pattern: packed_runner(conv, x) for pattern, conv in layers.items()}
+    for pattern, found in ways.items():
+        runners |= {f"{pattern} {way}": sparse_runner(found[way].module, x) for way in found}
     times = timing.interleave(
         runners, seconds=options.seconds, rounds=options.rounds, visit_seconds=0.02
     )
     taken = {
-        name: max(statistics.median(ms) - calls["dense" if name == "dense" else "packed"], 1e-6)
+        name: max(statistics.median(ms) - calls["dense" if name == "dense" else "sparse"], 1e-6)
         for name, ms in times.items()
+    }
+    fastest = {
+        pattern: min(found, key=lambda way: taken[f"{pattern} {way}"] * found[way].price)
+        for pattern, found in ways.items()
     }
     positions = any_layer(x)[:, 0].numel()
     weights = {"dense": any_layer.weight.numel()}
     weights |= {pattern: int((conv.weight != 0).sum()) for pattern, conv in layers.items()}
-    return Figures(shape, count, taken, {n: 2.0 * w * positions for n, w in weights.items()})
+    return Figures(
+        shape,
+        count,
+        {"dense": taken["dense"], **{p: taken[f"{p} {way}"] for p, way in fastest.items()}},
+        {name: 2.0 * numbers * positions for name, numbers in weights.items()},
+        fastest,
+    )
 
 
 def table(figures: list[Figures], limit: float) -> str:
@@ -184,8 +227,9 @@ def table(figures: list[Figures], limit: float) -> str:
 def _cell(figures: Figures, pattern: str, limit: float) -> str:
     taken = figures.milliseconds[pattern]
     rate, left = figures.rate(pattern), taken - figures.floor(pattern, limit)
+    ratio = figures.milliseconds["dense"] / taken
     return (
-        f"{taken:.3f} ms, {figures.milliseconds['dense'] / taken:.2f}x, {rate:.0f} GFLOP/s, "
+        f"{figures.ways[pattern]}: {taken:.3f} ms, {ratio:.2f}x, {rate:.0f} GFLOP/s, "
         f"{100 * rate / limit:.0f}%, left {figures.count * left:.2f} ms"
     )
 
@@ -218,19 +262,22 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2, help="to time a conv for")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peak", type=float, help="dense GFLOP/s on so many threads")
-    parser.add_argument("--share", type=float, default=0.75, help="of the peak: the kernel's limit")
+    parser.add_argument("--share", type=float, help="of the peak: the kernels' limit")
     options = parser.parse_args()
+    loaded = engine.load()
+    if loaded is None:
+        sys.exit(engine.why_not())
     torch.set_num_threads(options.threads)
     print(f"{machine.sentence(machine.describe())}\n{options.model}, batch {options.batch}, "
           f"{options.pixels} pixels, {options.threads} threads", flush=True)  # fmt: skip
-    with torch.inference_mode():
+    with torch.no_grad():  # of weights made in inference mode no filters are transformed
         figures = measure(options)
     peak = options.peak or max(each.rate("dense") for each in figures)
-    limit = options.share * peak
+    limit = (options.share or (0.75 if loaded.isa in _PERMUTING else 1.0)) * peak
     print(
-        f"dense peak {peak:.0f} GFLOP/s, the kernel's limit {limit:.0f} GFLOP/s. For each pattern: "
-        "ms; times faster than dense; GFLOP/s of non-zeros; share of the limit; ms of the network "
-        f"that the limit leaves to gain\n\n{table(figures, limit)}"
+        f"dense peak {peak:.0f} GFLOP/s, the kernels' limit {limit:.0f} GFLOP/s. For each pattern: "
+        "the way and its ms; times faster than dense; GFLOP/s of non-zeros; share of the limit; ms "
+        f"of the network that the limit leaves to gain\n\n{table(figures, limit)}"
     )
 
 

@@ -32,13 +32,7 @@ struct DenseTile {
   int64_t rows, row_length;  // of the kernel: kernel_h and kernel_w * channels
   const X* weight;
   int64_t block_stride;
-  X* y;
-  int64_t y_stride;
-  const X* residual;
-  int64_t residual_stride;
-  const float* bias;
-  int64_t activation;
-  int lanes;
+  Epilogue<X> epilogue;
 };
 
 template <class Numbers>
@@ -74,8 +68,7 @@ __attribute__((noinline)) void dense_kernel(const DenseTile<typename Numbers::El
       weight += kOnce * kLanes;
     }
   }
-  finish<X, Blocks, Pixels>(sums, tile.y, tile.y_stride, tile.residual, tile.residual_stride,
-                            tile.bias, tile.activation, tile.lanes);
+  finish(sums, tile.epilogue);
 }
 
 // The kernels there are: as many sums as stay in registers.
@@ -119,8 +112,7 @@ struct DenseConv {
     return packed_rows * row_stride * static_cast<int64_t>(sizeof(X));
   }
 
-  void run(const X* x, X* y, const X* residual, const X* weight, const float* bias,
-           const Worker& worker) const {
+  void run(const X* x, const X* weight, const Epilogue<X>& epilogue, const Worker& worker) const {
     X* packed = reinterpret_cast<X*>(worker.scratch);
     for (int64_t tile = worker.first(rows.size()); tile < worker.last(rows.size()); ++tile) {
       const auto [image, row, count] = rows[tile];
@@ -129,8 +121,8 @@ struct DenseConv {
         const int64_t now = blocks - block >= Kernels::kMostBlocks ? Kernels::kMostBlocks : 1;
         for (int64_t r = 0; r < count; ++r) {
           const int64_t pixel = (image * s.out_height + row + r) * s.out_width;
-          run_row(now, block, packed + r * s.stride_h * row_stride, pixel, y, residual, weight,
-                  bias);
+          run_row(now, packed + r * s.stride_h * row_stride, weight + block * block_size,
+                  epilogue.at(pixel, block * kLanes));
         }
         block += now;
       }
@@ -156,29 +148,20 @@ struct DenseConv {
     }
   }
 
-  void run_row(int64_t count, int64_t block, const X* x, int64_t pixel, X* y, const X* residual,
-               const X* weight, const float* bias) const {
+  // A row of the outputs of `count` blocks.
+  void run_row(int64_t count, const X* x, const X* weight, const Epilogue<X>& row) const {
     DenseTile<X> t;
     t.pixel_step = s.stride_w * s.channels;
     t.row_stride = row_stride;
     t.rows = s.kernel_h;
     t.row_length = s.kernel_w * s.channels;
-    t.weight = weight + block * block_size;
+    t.weight = weight;
     t.block_stride = block_size;
-    t.y_stride = s.y_stride;
-    t.residual_stride = s.residual_stride;
-    t.bias = bias == nullptr ? nullptr : bias + block * kLanes;
-    t.activation = s.activation;
-    t.lanes =
-        static_cast<int>(std::min<int64_t>(kLanes, s.out_channels - (block + count - 1) * kLanes));
     const int64_t parts = ceil_div(s.out_width, Kernels::kMostPixels);
     for (int64_t i = 0; i < parts; ++i) {
       const int64_t begin = s.out_width * i / parts, width = s.out_width * (i + 1) / parts - begin;
       t.x = x + begin * t.pixel_step;
-      t.y = y + (pixel + begin) * s.y_stride + block * kLanes;
-      t.residual = residual == nullptr
-                       ? nullptr
-                       : residual + (pixel + begin) * s.residual_stride + block * kLanes;
+      t.epilogue = row.at(begin, 0);
       Kernels::pick(count, width)(t);
     }
   }

@@ -1,6 +1,7 @@
 // What becomes of a sum before it is stored: bias, residual, activation.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 
 #include "types.h"
@@ -8,6 +9,34 @@
 namespace spre {
 
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// What becomes of the sums of a tile of outputs, and where they go. Kernels get that of their tile.
+template <class X>
+struct Epilogue {
+  X* y;  // the first pixel and output, as are residual and bias
+  int64_t y_stride;
+  const X* residual;  // may be null, as may bias
+  int64_t residual_stride;
+  const float* bias;
+  int64_t activation;
+  int64_t outputs;  // there are from here on: no others are stored
+
+  // The same for a tile so many pixels and outputs further on.
+  Epilogue at(int64_t pixel, int64_t output) const {
+    return {y + pixel * y_stride + output,
+            y_stride,
+            residual == nullptr ? nullptr : residual + pixel * residual_stride + output,
+            residual_stride,
+            bias == nullptr ? nullptr : bias + output,
+            activation,
+            outputs - output};
+  }
+
+  // How many outputs the last of so many blocks has.
+  int last_lanes(int64_t blocks) const {
+    return static_cast<int>(std::min<int64_t>(kLanes, outputs - (blocks - 1) * kLanes));
+  }
+};
 
 // Those that `finish` does not do in registers.
 SPRE_INLINE Floats activate(Floats x, int64_t activation) {
@@ -27,19 +56,19 @@ SPRE_INLINE Floats activate(Floats x, int64_t activation) {
   }
 }
 
-// Stores `Pixels` x `Blocks` sums. `lanes` is how many outputs of the last block there are.
+// Stores the sums of `Pixels` pixels and `Blocks` x 16 outputs, of which the last block has
+// `lanes`.
 template <class X, int Blocks, int Pixels>
-SPRE_INLINE void finish(Floats (&sums)[Blocks][Pixels], X* y, int64_t y_stride, const X* residual,
-                        int64_t residual_stride, const float* bias, int64_t activation, int lanes) {
-  if (bias != nullptr) {
+SPRE_INLINE void finish(Floats (&sums)[Blocks][Pixels], const Epilogue<X>& epilogue, int lanes) {
+  if (epilogue.bias != nullptr) {
     UNROLLED_FOR (int b = 0; b < Blocks; ++b) {
-      const Floats add_to_all = load(bias + b * kLanes);
+      const Floats add_to_all = load(epilogue.bias + b * kLanes);
       UNROLLED_FOR (int p = 0; p < Pixels; ++p) sums[b][p] = add(sums[b][p], add_to_all);
     }
   }
-  if (residual != nullptr) {
+  if (epilogue.residual != nullptr) {
     UNROLLED_FOR (int p = 0; p < Pixels; ++p) {
-      const X* from = residual + p * residual_stride;
+      const X* from = epilogue.residual + p * epilogue.residual_stride;
       UNROLLED_FOR (int b = 0; b < Blocks; ++b) {
         const bool whole = b < Blocks - 1 || lanes == kLanes;
         const Floats more = whole ? load(from + b * kLanes) : load(from + b * kLanes, lanes);
@@ -47,6 +76,7 @@ SPRE_INLINE void finish(Floats (&sums)[Blocks][Pixels], X* y, int64_t y_stride, 
       }
     }
   }
+  const int64_t activation = epilogue.activation;
   if (activation == kRelu || activation == kRelu6) {
     const Floats most = broadcast(activation == kRelu ? kInfinity : 6.f);
     UNROLLED_FOR (int b = 0; b < Blocks; ++b)
@@ -60,7 +90,7 @@ SPRE_INLINE void finish(Floats (&sums)[Blocks][Pixels], X* y, int64_t y_stride, 
       UNROLLED_FOR (int p = 0; p < Pixels; ++p) sums[b][p] = memory[b * Pixels + p];
   }
   UNROLLED_FOR (int p = 0; p < Pixels; ++p) {
-    X* to = y + p * y_stride;
+    X* to = epilogue.y + p * epilogue.y_stride;
     UNROLLED_FOR (int b = 0; b < Blocks; ++b) {
       if (b < Blocks - 1 || lanes == kLanes) {
         store(to + b * kLanes, sums[b][p]);
@@ -69,6 +99,11 @@ SPRE_INLINE void finish(Floats (&sums)[Blocks][Pixels], X* y, int64_t y_stride, 
       }
     }
   }
+}
+
+template <class X, int Blocks, int Pixels>
+SPRE_INLINE void finish(Floats (&sums)[Blocks][Pixels], const Epilogue<X>& epilogue) {
+  finish(sums, epilogue, epilogue.last_lanes(Blocks));
 }
 
 }  // namespace spre

@@ -340,10 +340,10 @@ class PlanarConv {
                      const float* residual, const float* bias, int lanes) const {
     Floats all[1][Pixels];
     UNROLLED_FOR (int k = 0; k < Pixels; ++k) all[0][k] = load(sums[k]);
-    finish<float, 1, Pixels>(
-        all, y + pixel * s_.y_stride + channel, s_.y_stride,
-        residual == nullptr ? nullptr : residual + pixel * s_.residual_stride + channel,
-        s_.residual_stride, bias, s_.activation, lanes);
+    finish(all, Epilogue<float>{
+                    y + pixel * s_.y_stride + channel, s_.y_stride,
+                    residual == nullptr ? nullptr : residual + pixel * s_.residual_stride + channel,
+                    s_.residual_stride, bias, s_.activation, lanes});
   }
 
   const Step& s_;

@@ -9,19 +9,18 @@
 namespace spre {
 
 template <class X>
-void run_affine(const Step& s, const X* x, X* y, const X* residual, const float* scale,
-                const float* bias, const Worker& worker) {
+void run_affine(const Step& s, const X* x, const float* scale, const Epilogue<X>& epilogue,
+                const Worker& worker) {
   const int64_t pixels = s.batch * s.out_height * s.out_width;
   for (int64_t p = worker.first(pixels); p < worker.last(pixels); ++p) {
     for (int64_t c = 0; c < s.channels; c += kLanes) {
-      const int lanes = static_cast<int>(std::min<int64_t>(kLanes, s.channels - c));
+      const Epilogue<X> here = epilogue.at(p, c);
+      const int lanes = here.last_lanes(1);
       const X* from = x + p * s.x_stride + c;
       Floats sums[1][1] = {{lanes == kLanes ? load(from) : load(from, lanes)}};
       if (scale != nullptr)
         sums[0][0] = mul(sums[0][0], lanes == kLanes ? load(scale + c) : load(scale + c, lanes));
-      finish<X, 1, 1>(sums, y + p * s.y_stride + c, s.y_stride,
-                      residual == nullptr ? nullptr : residual + p * s.residual_stride + c,
-                      s.residual_stride, bias == nullptr ? nullptr : bias + c, s.activation, lanes);
+      finish(sums, here);
     }
   }
 }

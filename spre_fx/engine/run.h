@@ -54,6 +54,8 @@ struct Runner {
     X* y = at<X>(buffers, s.y, s.y_offset);
     const X* residual = at<const X>(buffers, s.residual, s.residual_offset);
     const float* bias = at<const float>(buffers, s.bias, s.bias_offset);
+    const Epilogue<X> epilogue = {y,    s.y_stride,   residual,      s.residual_stride,
+                                  bias, s.activation, s.out_channels};
     const char* bytes = at<const char>(buffers, s.weight, s.weight_offset);
     const X* weight = reinterpret_cast<const X*>(bytes);
     switch (s.kind) {
@@ -61,25 +63,24 @@ struct Runner {
         if constexpr (std::is_same_v<X, float>)
           if (s.planar) return PlanarConv(s).run(x, y, residual, bytes, bias, worker);
         return with_traits(s, [&](auto traits) {
-          SparseConv<decltype(traits)>(s).run(x, y, residual, bytes, bias, worker);
+          SparseConv<decltype(traits)>(s).run(x, bytes, epilogue, worker);
         });
       case kDenseConv:
-        return DenseConv<Dense>(s).run(x, y, residual, weight, bias, worker);
+        return DenseConv<Dense>(s).run(x, weight, epilogue, worker);
       case kWinogradConv:
         if constexpr (std::is_same_v<X, float>) {
-          if (s.winograd == 2) return WinogradConv<2>(s).run(x, y, residual, weight, bias, worker);
-          return WinogradConv<4>(s).run(x, y, residual, weight, bias, worker);
+          if (s.winograd == 2) return WinogradConv<2>(s).run(x, weight, epilogue, worker);
+          return WinogradConv<4>(s).run(x, weight, epilogue, worker);
         }
         return;
       case kDepthwiseConv:
-        return WindowStep<DepthwiseWindow, X>(s).run(x, y, residual, weight, bias, worker);
+        return WindowStep<DepthwiseWindow, X>(s).run(x, weight, epilogue, worker);
       case kMaxPool:
-        return WindowStep<MaxWindow, X>(s).run(x, y, residual, weight, bias, worker);
+        return WindowStep<MaxWindow, X>(s).run(x, weight, epilogue, worker);
       case kAveragePool:
-        return WindowStep<AverageWindow, X>(s).run(x, y, residual, weight, bias, worker);
+        return WindowStep<AverageWindow, X>(s).run(x, weight, epilogue, worker);
       case kAffine:
-        return run_affine<X>(s, x, y, residual, reinterpret_cast<const float*>(bytes), bias,
-                             worker);
+        return run_affine<X>(s, x, reinterpret_cast<const float*>(bytes), epilogue, worker);
       case kCopy:
         return run_copy<X>(s, x, y, worker);
       default:

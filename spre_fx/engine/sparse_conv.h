@@ -25,13 +25,7 @@ struct SparseTile {
   const char* weight;
   int64_t block_stride;  // bytes from one block of 16 outputs to the next
   const char* ahead;     // weights to fetch into the cache meanwhile, a line per slot
-  X* y;
-  int64_t y_stride;
-  const X* residual;
-  int64_t residual_stride;
-  const float* bias;
-  int64_t activation;
-  int lanes;  // outputs in the last block
+  Epilogue<X> epilogue;
 };
 
 template <class Traits>
@@ -87,8 +81,7 @@ __attribute__((noinline)) void sparse_kernel(const SparseTile<typename Traits::E
       }
     }
   }
-  finish<X, Blocks, Pixels>(sums, tile.y, tile.y_stride, tile.residual, tile.residual_stride,
-                            tile.bias, tile.activation, tile.lanes);
+  finish(sums, tile.epilogue);
 }
 
 // The kernels of one element type by blocks and pixels. More sums than these spill.
@@ -169,7 +162,7 @@ struct SparseConv {
 
   int64_t scratch_bytes() const { return s.direct ? 0 : input.bytes(sizeof(X)); }
 
-  void run(const X* x, X* y, const X* residual, const char* weight, const float* bias,
+  void run(const X* x, const char* weight, const Epilogue<X>& epilogue,
            const Worker& worker) const {
     int64_t packed = -1;
     const int64_t tasks = tiles * split;
@@ -181,7 +174,8 @@ struct SparseConv {
         packed = tile;
       }
       for (int64_t g = 0; g < s.groups; ++g)
-        run_group(g, tile, part, x, scratch, y, residual, weight, bias);
+        run_group(g, tile, part, x, scratch, weight + g * blocks * block_bytes,
+                  of_group(epilogue, g));
     }
   }
 
@@ -196,9 +190,17 @@ struct SparseConv {
     }
   }
 
+  // The outputs of a group of channels, whose biases are padded by themselves.
+  Epilogue<X> of_group(const Epilogue<X>& epilogue, int64_t g) const {
+    Epilogue<X> group = epilogue.at(0, g * group_outputs);
+    group.outputs = group_outputs;
+    if (epilogue.bias != nullptr) group.bias = epilogue.bias + g * blocks * kLanes;
+    return group;
+  }
+
   // One group of channels at one tile: all of `part` of the outputs.
-  void run_group(int64_t g, int64_t tile, int64_t part, const X* x, const X* scratch, X* y,
-                 const X* residual, const char* weight, const float* bias) const {
+  void run_group(int64_t g, int64_t tile, int64_t part, const X* x, const X* scratch,
+                 const char* weight, const Epilogue<X>& group) const {
     const int64_t block_tiles = ceil_div(blocks, tile_blocks);
     const int64_t first = block_tiles * part / split, last = block_tiles * (part + 1) / split;
     SparseTile<X> t;
@@ -216,9 +218,6 @@ struct SparseConv {
       t.taps = s.kernel_h * s.kernel_w * Traits::kSections;
     }
     t.block_stride = block_bytes;
-    t.y_stride = s.y_stride;
-    t.residual_stride = s.residual_stride;
-    t.activation = s.activation;
     const X* base = s.direct ? x + g * (s.channels / s.groups)
                              : scratch + g * channel_groups * input.group_stride();
     for (int64_t bt = first; bt < last; ++bt) {
@@ -229,25 +228,21 @@ struct SparseConv {
         const int64_t left = std::min<int64_t>(count - done, kMaxBlocks);
         const int64_t now = left >= 4 ? 4 : left >= 2 ? 2 : 1;
         const int64_t here = block + done;
-        const int64_t output = g * group_outputs + here * kLanes;
-        t.weight = weight + (g * blocks + here) * block_bytes;
-        t.bias = bias == nullptr ? nullptr : bias + (g * blocks + here) * kLanes;
-        t.lanes =
-            static_cast<int>(std::min<int64_t>(kLanes, group_outputs - (here + now - 1) * kLanes));
+        t.weight = weight + here * block_bytes;
         t.ahead = t.weight + now * block_bytes;
-        run_blocks(now, t, tile, base, y + output,
-                   residual == nullptr ? nullptr : residual + output);
+        run_blocks(now, t, tile, base, group.at(0, here * kLanes));
         done += now;
       }
     }
   }
 
-  void run_blocks(int64_t count, SparseTile<X>& t, int64_t tile, const X* base, X* y,
-                  const X* residual) const {
+  void run_blocks(int64_t count, SparseTile<X>& t, int64_t tile, const X* base,
+                  const Epilogue<X>& of_blocks) const {
     if (flat) {
       const int64_t from = tile * unit, length = std::min(unit, pixels - from);
       const X* x = s.direct ? base + from * s.x_stride : base;
-      run_stretch(count, t, x, s.direct ? s.x_stride : Traits::kGroup, from, length, y, residual);
+      run_stretch(count, t, x, s.direct ? s.x_stride : Traits::kGroup, length,
+                  of_blocks.at(from, 0));
       return;
     }
     const auto [image, row, many] = rows[tile];
@@ -255,21 +250,21 @@ struct SparseConv {
       const X* x = s.direct
                        ? base + ((image * s.height + (row + r) * s.stride_h) * s.width) * s.x_stride
                        : base + r * s.stride_h * input.row_stride();
-      run_stretch(count, t, x, s.direct ? s.x_stride * s.stride_w : Traits::kGroup,
-                  (image * s.out_height + row + r) * s.out_width, s.out_width, y, residual);
+      const int64_t from = (image * s.out_height + row + r) * s.out_width;
+      run_stretch(count, t, x, s.direct ? s.x_stride * s.stride_w : Traits::kGroup, s.out_width,
+                  of_blocks.at(from, 0));
     }
   }
 
   // Consecutive output pixels, in tiles of nearly equal size.
-  void run_stretch(int64_t count, SparseTile<X>& t, const X* x, int64_t x_step, int64_t from,
-                   int64_t length, X* y, const X* residual) const {
+  void run_stretch(int64_t count, SparseTile<X>& t, const X* x, int64_t x_step, int64_t length,
+                   const Epilogue<X>& stretch) const {
     const int64_t most = std::min({tile_pixels, int64_t{kMaxPixels}, kMaxSums / count});
     const int64_t parts = ceil_div(length, most);
     for (int64_t i = 0; i < parts; ++i) {
       const int64_t begin = length * i / parts, width = length * (i + 1) / parts - begin;
       t.x = x + begin * x_step;
-      t.y = y + (from + begin) * s.y_stride;
-      t.residual = residual == nullptr ? nullptr : residual + (from + begin) * s.residual_stride;
+      t.epilogue = stretch.at(begin, 0);
       // The next blocks' weights come in while these are used: they may lie beyond L2.
       const char* end = t.weight + 2 * count * block_bytes;
       SparseKernels<Traits>::pick(count, width, s.direct, t.ahead < end)(t);

@@ -36,14 +36,8 @@ struct WindowTile {
   int64_t taps_h, taps_w;
   const X* weight;
   int64_t weight_step, weight_row;  // from tap to tap and from row to row
-  X* y;
-  int64_t y_stride;
-  const X* residual;
-  int64_t residual_stride;
-  const float* bias;
-  int64_t activation;
-  float scale;  // of an average
-  int lanes;
+  float scale;                      // of an average
+  Epilogue<X> epilogue;
 };
 
 template <class X>
@@ -55,6 +49,7 @@ SPRE_NOINLINE void window_kernel(const WindowTile<X>& tile) {
   Floats sums[1][Pixels];
   UNROLLED_FOR (int p = 0; p < Pixels; ++p) sums[0][p] = Window::start();
   const int64_t pixel_step = tile.pixel_step, tap_step = tile.tap_step;
+  const int lanes = Whole ? kLanes : tile.epilogue.last_lanes(1);
   const X* row = tile.x;
   const X* weight_row = tile.weight;
   const auto tap = [&](const X* x, const X* weight) {
@@ -62,7 +57,7 @@ SPRE_NOINLINE void window_kernel(const WindowTile<X>& tile) {
     if constexpr (Window::kWeights) weights = load(weight);
     UNROLLED_FOR (int p = 0; p < Pixels; ++p) {
       const X* from = x + p * pixel_step;
-      sums[0][p] = Window::take(sums[0][p], Whole ? load(from) : load(from, tile.lanes), weights);
+      sums[0][p] = Window::take(sums[0][p], Whole ? load(from) : load(from, lanes), weights);
     }
   };
   ROLLED_FOR (int64_t u = 0; u < tile.taps_h; ++u) {
@@ -78,8 +73,7 @@ SPRE_NOINLINE void window_kernel(const WindowTile<X>& tile) {
   }
   if constexpr (Window::kScaled)
     UNROLLED_FOR (int p = 0; p < Pixels; ++p) sums[0][p] = mul(sums[0][p], broadcast(tile.scale));
-  finish<X, 1, Pixels>(sums, tile.y, tile.y_stride, tile.residual, tile.residual_stride, tile.bias,
-                       tile.activation, Whole ? kLanes : tile.lanes);
+  finish(sums, tile.epilogue, lanes);
 }
 
 template <class Window, class X>
@@ -95,17 +89,13 @@ struct WindowStep {
     parts = std::max<int64_t>(1, std::min(blocks, ceil_div(16, std::max<int64_t>(1, rows.size()))));
   }
 
-  void run(const X* x, X* y, const X* residual, const X* weight, const float* bias,
-           const Worker& worker) const {
+  void run(const X* x, const X* weight, const Epilogue<X>& epilogue, const Worker& worker) const {
     WindowTile<X> t;
     t.pixel_step = s.stride_w * s.x_stride;
     t.tap_step = s.dilation_w * s.x_stride;
     t.row_step = s.dilation_h * s.width * s.x_stride;
     t.weight_step = padded;
     t.weight_row = s.kernel_w * padded;
-    t.y_stride = s.y_stride;
-    t.residual_stride = s.residual_stride;
-    t.activation = s.activation;
     const int64_t tasks = rows.size() * parts;
     for (int64_t task = worker.first(tasks); task < worker.last(tasks); ++task) {
       const int64_t part = task % parts;
@@ -113,7 +103,8 @@ struct WindowStep {
       const X* from = x + image * s.height * s.width * s.x_stride;
       const Channels channels = {blocks * part / parts * kLanes,
                                  std::min(blocks * (part + 1) / parts * kLanes, s.channels)};
-      run_row(t, channels, image * s.out_height + row, row, from, y, residual, weight, bias);
+      run_row(t, channels, row, from, weight,
+              epilogue.at((image * s.out_height + row) * s.out_width, 0));
     }
   }
 
@@ -133,8 +124,8 @@ struct WindowStep {
   };
 
   // All of some channels before the next outputs: so memory is read in the order in which it lies.
-  void run_row(WindowTile<X>& t, Channels channels, int64_t row, int64_t out_row, const X* x, X* y,
-               const X* residual, const X* weight, const float* bias) const {
+  void run_row(WindowTile<X>& t, Channels channels, int64_t out_row, const X* x, const X* weight,
+               const Epilogue<X>& row) const {
     const int64_t top = out_row * s.stride_h - s.padding_h;
     const Taps down = inside(top, s.kernel_h, s.dilation_h, s.height);
     x += (top + down.first * s.dilation_h) * s.width * s.x_stride;
@@ -144,7 +135,6 @@ struct WindowStep {
       const int64_t left = column * s.stride_w - s.padding_w;
       const Taps across = inside(left, s.kernel_w, s.dilation_w, s.width);
       const X* x_here = x + (left + across.first * s.dilation_w) * s.x_stride;
-      const int64_t pixel = row * s.out_width + column;
       t.taps_w = across.count;
       const int64_t divisor = s.count_inside ? std::max<int64_t>(1, down.count * across.count)
                                              : s.kernel_h * s.kernel_w;
@@ -152,11 +142,8 @@ struct WindowStep {
       for (int64_t c = channels.first; c < channels.end; c += kLanes) {
         t.x = x_here + c;
         if constexpr (Window::kWeights) t.weight = weight + across.first * t.weight_step + c;
-        t.y = y + pixel * s.y_stride + c;
-        t.residual = residual == nullptr ? nullptr : residual + pixel * s.residual_stride + c;
-        t.bias = bias == nullptr ? nullptr : bias + c;
-        t.lanes = static_cast<int>(std::min<int64_t>(kLanes, channels.end - c));
-        pick(width, across.count, t.lanes)(t);
+        t.epilogue = row.at(column, c);
+        pick(width, across.count, t.epilogue.last_lanes(1))(t);
       }
     };
     // The outputs whose windows lie inside of the image from left to right go together.

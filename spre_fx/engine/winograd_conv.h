@@ -85,7 +85,7 @@ struct WinogradConv {
     return numbers * static_cast<int64_t>(sizeof(float));
   }
 
-  void run(const float* x, float* y, const float* residual, const float* weight, const float* bias,
+  void run(const float* x, const float* weight, const Epilogue<float>& epilogue,
            const Worker& worker) const {
     float* transformed = reinterpret_cast<float*>(worker.scratch);
     float* products = transformed + kProducts * unit * padded;
@@ -110,8 +110,8 @@ struct WinogradConv {
         multiply(transformed, count, block, now, weight, products);
         for (int64_t i = 0; i < count; ++i)
           for (int64_t b = 0; b < now; ++b)
-            transform_output(products + i * kWidth + b * kLanes, first + i, block + b, y, residual,
-                             bias);
+            transform_output(products + i * kWidth + b * kLanes, first + i,
+                             epilogue.at(0, (block + b) * kLanes));
       }
     }
   }
@@ -166,8 +166,7 @@ struct WinogradConv {
     t.rows = 1;
     t.row_length = s.channels;
     t.block_stride = kProducts * s.channels * kLanes;
-    t.y_stride = kWidth;
-    t.lanes = kLanes;
+    t.epilogue.y_stride = t.epilogue.outputs = kWidth;
     const int64_t parts = ceil_div(count, Kernels::kMostPixels);
     for (int64_t point = 0; point < kProducts; ++point)
       for (int64_t b = 0; b < now;) {
@@ -176,7 +175,7 @@ struct WinogradConv {
         for (int64_t i = 0; i < parts; ++i) {
           const int64_t begin = count * i / parts, width = count * (i + 1) / parts - begin;
           t.x = x + (point * unit + begin) * padded;
-          t.y = products + (point * unit + begin) * kWidth + b * kLanes;
+          t.epilogue.y = products + (point * unit + begin) * kWidth + b * kLanes;
           Kernels::pick(together, width)(t);
         }
         b += together;
@@ -184,8 +183,7 @@ struct WinogradConv {
   }
 
   // A^T m A of one tile and 16 outputs, and what follows it.
-  void transform_output(const float* m, int64_t tile, int64_t block, float* y,
-                        const float* residual, const float* bias) const {
+  void transform_output(const float* m, int64_t tile, const Epilogue<float>& block) const {
     const auto [image, row, column] = corner(tile);
     Floats half[kSide][kPoints];
     ROLLED_FOR (int j = 0; j < kPoints; ++j) {
@@ -197,27 +195,18 @@ struct WinogradConv {
     }
     const int64_t height = std::min<int64_t>(kSide, s.out_height - row);
     const int64_t width = std::min<int64_t>(kSide, s.out_width - column);
-    const int64_t output = block * kLanes;
-    const int lanes = static_cast<int>(std::min<int64_t>(kLanes, s.out_channels - output));
     ROLLED_FOR (int64_t i = 0; i < height; ++i) {
       Floats in[kPoints], sums[1][kSide];
       UNROLLED_FOR (int j = 0; j < kPoints; ++j) in[j] = half[i][j];
       Transform::output(in, sums[0]);
       const int64_t pixel = (image * s.out_height + row + i) * s.out_width + column;
-      float* to = y + pixel * s.y_stride + output;
-      const float* more =
-          residual == nullptr ? nullptr : residual + pixel * s.residual_stride + output;
-      const float* shift = bias == nullptr ? nullptr : bias + output;
       if (width == kSide) {
-        finish<float, 1, kSide>(sums, to, s.y_stride, more, s.residual_stride, shift, s.activation,
-                                lanes);
+        finish(sums, block.at(pixel, 0));
         continue;
       }
       for (int64_t j = 0; j < width; ++j) {
         Floats sum[1][1] = {{sums[0][j]}};
-        finish<float, 1, 1>(sum, to + j * s.y_stride, s.y_stride,
-                            more == nullptr ? nullptr : more + j * s.residual_stride,
-                            s.residual_stride, shift, s.activation, lanes);
+        finish(sum, block.at(pixel + j, 0));
       }
     }
   }
