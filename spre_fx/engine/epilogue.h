@@ -32,6 +32,14 @@ struct Epilogue {
             outputs - output};
   }
 
+  // That of one of the groups of channels, whose biases are padded by themselves.
+  Epilogue of_group(int64_t group, int64_t outputs_of_group) const {
+    Epilogue own = at(0, group * outputs_of_group);
+    if (bias != nullptr) own.bias = bias + group * round_up(outputs_of_group, kLanes);
+    own.outputs = outputs_of_group;
+    return own;
+  }
+
   // How many outputs the last of so many blocks has.
   int last_lanes(int64_t blocks) const {
     return static_cast<int>(std::min<int64_t>(kLanes, outputs - (blocks - 1) * kLanes));

@@ -128,7 +128,7 @@ struct PlanarSums {
   const PlanarEntry* entries;
   int64_t count;
   const float* x;        // the first of those channel groups, at the first position
-  const int32_t* bases;  // of each entry: its channel group and its tap, from there
+  const int64_t* bases;  // of each entry: its channel group and its tap, from there
   int64_t channel;       // from channel to channel
   float* sums;
   bool begin;  // from zero
@@ -148,7 +148,7 @@ SPRE_NOINLINE void planar_sums(const PlanarSums& p) {
     UNROLLED_FOR (int v = 0; v < Vectors; ++v) sums[v] = memory[v];
   }
   const PlanarEntry* entries = p.entries;
-  const int32_t* bases = p.bases;
+  const int64_t* bases = p.bases;
   const float* from = p.x;
   const int64_t channel = p.channel, count = p.count;
   ROLLED_FOR (int64_t i = 0; i < count; ++i) {
@@ -193,8 +193,7 @@ class PlanarConv {
         round_up(outputs_, kLanes));
     for (int64_t group = 0; group < together_; ++group)
       for (int64_t tap : planes_.taps())
-        bases_.insert(bases_.end(), s_.slots,
-                      static_cast<int32_t>(group * s_.channel_group * planes_.channel() + tap));
+        bases_.insert(bases_.end(), s_.slots, group * s_.channel_group * planes_.channel() + tap);
   }
 
   int64_t scratch_bytes() const {
@@ -202,7 +201,7 @@ class PlanarConv {
            chunk_ * stretch_ * kCount * static_cast<int64_t>(sizeof(float));
   }
 
-  void run(const float* x, float* y, const float* residual, const char* weight, const float* bias,
+  void run(const float* x, const char* weight, const Epilogue<float>& epilogue,
            const Worker& worker) const {
     float* planes = reinterpret_cast<float*>(worker.scratch);
     float* sums = reinterpret_cast<float*>(worker.scratch + round_up(planes_.bytes(), kCacheLine));
@@ -214,8 +213,8 @@ class PlanarConv {
       filled = tile;
       const Place place = place_of(tile);
       for (int64_t g = 0; g < s_.groups; ++g)
-        run_group(g, part, place, planes + g * channels_ * planes_.channel(), sums, y, residual,
-                  reinterpret_cast<const PlanarEntry*>(weight), bias);
+        run_group(g, part, place, planes + g * channels_ * planes_.channel(), sums,
+                  reinterpret_cast<const PlanarEntry*>(weight), epilogue.of_group(g, outputs_));
     }
   }
 
@@ -249,8 +248,7 @@ class PlanarConv {
 
   // One group of channels at one tile: all of `part` of the outputs.
   void run_group(int64_t g, int64_t part, const Place& place, const float* planes, float* sums,
-                 float* y, const float* residual, const PlanarEntry* weight,
-                 const float* bias) const {
+                 const PlanarEntry* weight, const Epilogue<float>& epilogue) const {
     const int64_t blocks = ceil_div(outputs_, kLanes);
     const int64_t first = blocks * part / split_ * kLanes;
     const int64_t last = std::min(outputs_, blocks * (part + 1) / split_ * kLanes);
@@ -277,8 +275,8 @@ class PlanarConv {
           }
         }
         for (int64_t o = 0; o < many; o += kLanes)
-          store(place, begin * kCount, count, g, output + o, sums + o * stretch_ * kCount, y,
-                residual, bias);
+          store(place, begin * kCount, count, sums + o * stretch_ * kCount,
+                epilogue.at(place.first, output + o));
       }
     }
   }
@@ -297,12 +295,9 @@ class PlanarConv {
   }
 
   // Sums of 16 outputs, or as many as there are, at `vectors` registers of positions.
-  void store(const Place& place, int64_t position, int64_t vectors, int64_t g, int64_t output,
-             const float* sums, float* y, const float* residual, const float* bias) const {
+  void store(const Place& place, int64_t position, int64_t vectors, const float* sums,
+             const Epilogue<float>& epilogue) const {
     using Vector = Lanes<float>::Vector;
-    const int lanes = static_cast<int>(std::min<int64_t>(kLanes, outputs_ - output));
-    const int64_t channel = g * outputs_ + output;
-    if (bias != nullptr) bias += g * round_up(outputs_, kLanes) + output;
     int64_t row = position / planes_.columns(), column = position % planes_.columns();
     for (int64_t v = 0; v < vectors; ++v) {
       alignas(kCacheLine) float turned[kCount][kLanes];
@@ -316,13 +311,11 @@ class PlanarConv {
           *reinterpret_cast<Vector*>(&turned[i][from]) = block[i];
       }
       for (int64_t i = 0; i < kCount && row < place.rows;) {
-        const int64_t pixel = place.first + row * s_.out_width + column;
+        const int64_t pixel = row * s_.out_width + column;
         const int64_t left = std::min(kCount - i, place.columns - column);
         int64_t j = 0;
-        for (; j + 4 <= left; j += 4)
-          finish_pixels<4>(&turned[i + j], pixel + j, channel, y, residual, bias, lanes);
-        for (; j < left; ++j)
-          finish_pixels<1>(&turned[i + j], pixel + j, channel, y, residual, bias, lanes);
+        for (; j + 4 <= left; j += 4) finish_pixels<4>(&turned[i + j], epilogue.at(pixel + j, 0));
+        for (; j < left; ++j) finish_pixels<1>(&turned[i + j], epilogue.at(pixel + j, 0));
         const int64_t passed = std::min(kCount - i, planes_.columns() - column);
         i += passed;
         column += passed;
@@ -336,14 +329,10 @@ class PlanarConv {
 
   // Sums of neighbouring pixels, 16 outputs of each.
   template <int Pixels>
-  void finish_pixels(const float (*sums)[kLanes], int64_t pixel, int64_t channel, float* y,
-                     const float* residual, const float* bias, int lanes) const {
+  static void finish_pixels(const float (*sums)[kLanes], const Epilogue<float>& epilogue) {
     Floats all[1][Pixels];
     UNROLLED_FOR (int k = 0; k < Pixels; ++k) all[0][k] = load(sums[k]);
-    finish(all, Epilogue<float>{
-                    y + pixel * s_.y_stride + channel, s_.y_stride,
-                    residual == nullptr ? nullptr : residual + pixel * s_.residual_stride + channel,
-                    s_.residual_stride, bias, s_.activation, lanes});
+    finish(all, epilogue);
   }
 
   const Step& s_;
@@ -357,7 +346,7 @@ class PlanarConv {
   int64_t stretch_ = 1;         // registers of positions that are computed at once
   int64_t together_ = 1;        // channel groups whose windows stay in the cache
   int64_t chunk_ = kLanes;      // outputs whose sums do
-  std::vector<int32_t> bases_;  // see PlanarSums
+  std::vector<int64_t> bases_;  // see PlanarSums
 };
 
 }  // namespace spre

@@ -52,16 +52,19 @@ struct Runner {
     const Step s = with_tile(step, worker.planned);
     const X* x = at<const X>(buffers, s.x, s.x_offset);
     X* y = at<X>(buffers, s.y, s.y_offset);
-    const X* residual = at<const X>(buffers, s.residual, s.residual_offset);
-    const float* bias = at<const float>(buffers, s.bias, s.bias_offset);
-    const Epilogue<X> epilogue = {y,    s.y_stride,   residual,      s.residual_stride,
-                                  bias, s.activation, s.out_channels};
+    const Epilogue<X> epilogue = {y,
+                                  s.y_stride,
+                                  at<const X>(buffers, s.residual, s.residual_offset),
+                                  s.residual_stride,
+                                  at<const float>(buffers, s.bias, s.bias_offset),
+                                  s.activation,
+                                  s.out_channels};
     const char* bytes = at<const char>(buffers, s.weight, s.weight_offset);
     const X* weight = reinterpret_cast<const X*>(bytes);
     switch (s.kind) {
       case kSparseConv:
         if constexpr (std::is_same_v<X, float>)
-          if (s.planar) return PlanarConv(s).run(x, y, residual, bytes, bias, worker);
+          if (s.planar) return PlanarConv(s).run(x, bytes, epilogue, worker);
         return with_traits(s, [&](auto traits) {
           SparseConv<decltype(traits)>(s).run(x, bytes, epilogue, worker);
         });

@@ -175,7 +175,7 @@ struct SparseConv {
       }
       for (int64_t g = 0; g < s.groups; ++g)
         run_group(g, tile, part, x, scratch, weight + g * blocks * block_bytes,
-                  of_group(epilogue, g));
+                  epilogue.of_group(g, group_outputs));
     }
   }
 
@@ -188,14 +188,6 @@ struct SparseConv {
       const auto [image, row, count] = rows[tile];
       input.pack_rows(x + image * s.height * s.width * s.x_stride, row, count, scratch);
     }
-  }
-
-  // The outputs of a group of channels, whose biases are padded by themselves.
-  Epilogue<X> of_group(const Epilogue<X>& epilogue, int64_t g) const {
-    Epilogue<X> group = epilogue.at(0, g * group_outputs);
-    group.outputs = group_outputs;
-    if (epilogue.bias != nullptr) group.bias = epilogue.bias + g * blocks * kLanes;
-    return group;
   }
 
   // One group of channels at one tile: all of `part` of the outputs.
