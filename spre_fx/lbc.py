@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from spre_fx import masks
 from spre_fx.errors import OptionError
+from spre_fx.masked_weight import masked_weight
 from spre_fx.methods import MaskMethod
 from spre_fx.operators import operator
 from spre_fx.patterns import Pattern
@@ -93,7 +94,7 @@ class LBC(MaskMethod):
 
     def masked(self, weight: Tensor, mask: Tensor) -> Tensor:
         """B * W, with the ordinary gradients: B * g to W, W * g to B and so to the scores."""
-        return weight * mask
+        return masked_weight(weight, mask)
 
 
 class CombinationMask(nn.Module):
