@@ -64,6 +64,7 @@ class CountLargest {
   static constexpr int64_t kPartsOfBin = kShift < 8 ? 1 : 16;     // short numbers have none
   static constexpr int kDigit = 12;                               // bits, of candidates
   static constexpr int64_t kLine = kCacheLine / sizeof(Bits), kSampledLines = 4096;
+  static constexpr int64_t kLinesAhead = 16;  // of a sample, where no CPU foresees the next one
   static constexpr int64_t kBlock = 64;  // numbers that are compared together
 
   struct Candidate {
@@ -120,6 +121,7 @@ class CountLargest {
     own.sampled = 0;
     for (int64_t line = first; line < last; line += stride * kLine) {
       const int64_t end = std::min(line + kLine, last);
+      __builtin_prefetch(numbers() + std::min(line + kLinesAhead * stride * kLine, last - 1));
       for (int64_t i = line; i < end; ++i) ++own.bins[magnitude(numbers()[i]) >> kShift];
       own.sampled += end - line;
     }
