@@ -65,7 +65,7 @@ class CountLargest {
   static constexpr int kDigit = 12;                               // bits, of candidates
   static constexpr int64_t kLine = kCacheLine / sizeof(Bits), kSampledLines = 4096;
   static constexpr int64_t kLinesAhead = 16;  // of a sample, where no CPU foresees the next one
-  static constexpr int64_t kBlock = 64;  // numbers that are compared together
+  static constexpr int64_t kBlock = 64;       // numbers that are compared together
 
   struct Candidate {
     Bits magnitude;  // above the lower bound
