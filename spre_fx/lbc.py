@@ -35,10 +35,10 @@ from torch import Tensor, nn
 
 from spre_fx import masks
 from spre_fx.errors import OptionError
+from spre_fx.masked_weight import masked_weight
 from spre_fx.methods import MaskMethod
 from spre_fx.operators import operator
 from spre_fx.patterns import Pattern
-from spre_fx.scheduled_mask import may_be_true
 from spre_fx.schedules import CubicRamp, Schedule
 
 
@@ -93,7 +93,7 @@ class LBC(MaskMethod):
 
     def masked(self, weight: Tensor, mask: Tensor) -> Tensor:
         """B * W, with the ordinary gradients: B * g to W, W * g to B and so to the scores."""
-        return weight * mask
+        return masked_weight(weight, mask)
 
 
 class CombinationMask(nn.Module):
@@ -146,7 +146,7 @@ class CombinationMask(nn.Module):
         if left is None or not self.training:
             best = _ranking(self.scores.detach(), self.removed)[..., 0]
             return self._to_weight(self.members[best])
-        if may_be_true(left >= 0):
+        if _may_remove(left):
             _remove(self.removed, self.scores.detach(), left)
         held = self._remaining()
         mask: Tensor = _StraightThrough.apply(
@@ -188,6 +188,11 @@ def _ranking(scores: Tensor, removed: Tensor) -> Tensor:
     return scores.masked_fill(removed, -torch.inf).argsort(dim=-1, descending=True, stable=True)
 
 
+def _may_remove(left: Tensor) -> bool:
+    """False where it is known at no cost that nothing is to be removed, as `may_be_true`."""
+    return torch.compiler.is_compiling() or left.device.type != "cpu" or left.item() >= 0
+
+
 def _nothing(*_: Tensor) -> None:
     return None
 
@@ -198,7 +203,7 @@ def _remove(removed: Tensor, scores: Tensor, left: Tensor) -> None:
 
     An operator, so that compiled steps on a CPU rank combinations only if any are to be removed.
     """
-    if may_be_true(left >= 0):
+    if _may_remove(left):
         card = 1 + ((scores.shape[-1] - 1) * left).ceil().to(torch.int64)
         place = _ranking(scores, removed).argsort(-1)
         removed.logical_or_((place >= card) & (left >= 0))

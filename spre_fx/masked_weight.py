@@ -20,12 +20,35 @@ def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         weight: W, `(C_out, C_in/groups, *kernel)`.
-        mask: B, of the same shape. If it is not bool, as that of LBC, it has a gradient too.
+        mask: B, of the same shape. If it is of numbers, as that of LBC, it has a gradient too:
+            W * g where it is not 0, and none elsewhere.
     """
-    if weight.is_cpu and mask.dtype == torch.bool:
-        masked: Tensor = _mask_weight(weight, mask)
-        return masked
-    return weight * mask
+    masked: Tensor
+    if mask.dtype != torch.bool:
+        masked = _ProductOfNumbers.apply(weight, mask)
+    elif weight.is_cpu:
+        masked = _mask_weight(weight, mask)
+    else:
+        masked = weight * mask
+    return masked
+
+
+class _ProductOfNumbers(torch.autograd.Function):
+    """B * W of a mask of numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, mask)
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        weight, mask = ctx.saved_tensors
+        # With create_graph=True autograd has to see what is computed.
+        by_operator = weight.is_cpu and not torch.is_grad_enabled()
+        gradients_of = _product_gradients if by_operator else _products
+        of_weight, of_mask = gradients_of(gradients[0], weight, mask)
+        return of_weight, of_mask
 
 
 class StraightThroughDecay(torch.autograd.Function):
@@ -63,6 +86,16 @@ def _mask_weight(weight: Tensor, mask: Tensor) -> Tensor:
 def _decay_gradient(gradient: Tensor, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
     decayed = native_masks.decay_gradient(gradient, weight, mask, decay)
     return _decayed(gradient, weight, mask, decay) if decayed is None else decayed
+
+
+def _products(gradient: Tensor, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return gradient * mask, torch.where(mask != 0, gradient * weight, 0.0)
+
+
+@operator("product_gradients", fake=_products)
+def _product_gradients(gradient: Tensor, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    found = native_masks.product_gradients(gradient, weight, mask)
+    return _products(gradient, weight, mask) if found is None else found
 
 
 def _save_mask_and_decay(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001

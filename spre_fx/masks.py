@@ -85,7 +85,8 @@ def live_taps(weight: Tensor, pattern: Pattern) -> Tensor:
 def spre_mask(nm: Tensor, live: Tensor) -> Tensor:
     """SpRe mask `B^S`: the N:M mask at the live taps, zero at all others.
 
-    Eq. 8 of Zhang et al., 2306.05612v3.
+    Eq. 8 of Zhang et al., 2306.05612v3. The gradient of a mask of numbers, such as that of LBC,
+    passes straight through: the weights of a SpRe branch give B^S none where it is 0.
 
     Args:
         nm: N:M mask `B`, `(C_out, C_in/groups, *kernel)`.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spre_fx.engine import Weight, load
 
+_PRODUCTS = (torch.float32, torch.float64)  # types that kernels multiply
 _NUMBERS_OF_A_THREAD = 32_768  # at least: fewer are done before another thread has woken up
 
 
@@ -74,6 +75,29 @@ def decay_gradient(gradient: Tensor, weight: Tensor, mask: Tensor, decay: float)
     return y
 
 
+def product_gradients(
+    gradient: Tensor, weight: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """The gradients of `weight * mask`, both of numbers; the mask has none where it is 0."""
+    engine = load()
+    if engine is None or weight.dtype not in _PRODUCTS or not _is_readable(weight):
+        return None
+    if not all(_lie_alike(weight, other) for other in (gradient, mask)):
+        return None
+    of_weight, of_mask = torch.empty_like(weight), torch.empty_like(weight)
+    engine.product_gradients(
+        gradient=gradient.data_ptr(),
+        weight=weight.data_ptr(),
+        mask=mask.data_ptr(),
+        of_weight=of_weight.data_ptr(),
+        of_mask=of_mask.data_ptr(),
+        itemsize=weight.itemsize,
+        count=weight.numel(),
+        threads=_threads(weight),
+    )
+    return of_weight, of_mask
+
+
 def _view(weight: Tensor) -> Weight | None:
     """What the engine sees of a weight, if it can read it."""
     if not _is_readable(weight) or not 0 < weight.numel() < 2**31:
@@ -91,9 +115,14 @@ def _is_readable(weight: Tensor) -> bool:
 
 def _has_kernel(numbers: Tensor, mask: Tensor) -> bool:
     """Whether numbers and a mask lie in memory alike, and are of types that kernels take."""
-    taken = numbers.dtype in (torch.float32, torch.float64) and mask.dtype == torch.bool
+    taken = numbers.dtype in _PRODUCTS and mask.dtype == torch.bool
     alike = numbers.shape == mask.shape and numbers.stride() == mask.stride()
     return taken and alike and _is_readable(numbers)
+
+
+def _lie_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are of one type, shape and memory format."""
+    return (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
 
 
 def _threads(weight: Tensor) -> int:

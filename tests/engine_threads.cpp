@@ -97,10 +97,10 @@ std::vector<float> run(int64_t threads, unsigned seed) {
 }
 
 // The masks of a weight, which are made of few magnitudes so that there are ties, then the weight
-// masked and a gradient, all behind one another.
+// masked and gradients, all behind one another.
 std::vector<float> train(int64_t threads, unsigned seed) {
   constexpr int64_t kFilters = 37, kWeights = kFilters * kChannels * kTaps;
-  std::vector<float> weight(kWeights), all(2 * kWeights);
+  std::vector<float> weight(kWeights), all(4 * kWeights);
   for (float& x : weight)
     x = static_cast<float>(static_cast<int32_t>((seed = seed * 1664525u + 1013904223u)) >> 24) / 64;
   std::vector<uint8_t> mask(kWeights);
@@ -115,13 +115,18 @@ std::vector<float> train(int64_t threads, unsigned seed) {
     std::vector<Line> scratch(spre_count_scratch(&w, threads) / 64 + 1);
     spre_count_largest(&w, kWeights / 3, per_tap.data(), scratch.data(), threads, &openmp);
     all.insert(all.end(), per_tap.begin(), per_tap.end());
-    spre_nm_mask(&w, 2, 4, mask.data(), threads, &openmp);
-    all.insert(all.end(), mask.begin(), mask.end());
+    for (int64_t n : {1, 2}) {
+      spre_nm_mask(&w, n, 4, mask.data(), threads, &openmp);
+      all.insert(all.end(), mask.begin(), mask.end());
+    }
   }
   spre_mask_weight(weight.data(), mask.data(), all.data(), sizeof(float), kWeights, threads,
                    &openmp);
   spre_decay_gradient(all.data(), weight.data(), mask.data(), all.data() + kWeights, sizeof(float),
                       kWeights, .5, threads, &openmp);
+  spre_product_gradients(weight.data(), all.data() + kWeights, all.data(),
+                         all.data() + 2 * kWeights, all.data() + 3 * kWeights, sizeof(float),
+                         kWeights, threads, &openmp);
   return all;
 }
 

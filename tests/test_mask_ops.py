@@ -10,6 +10,7 @@ from weights import weights
 
 from spre_fx import engine, mask_ops
 from spre_fx.engine import library
+from spre_fx.masked_weight import masked_weight
 from spre_fx.patterns import Pattern
 
 many = settings(derandomize=True, deadline=None, max_examples=100, database=None)
@@ -22,12 +23,22 @@ def test_operators_keep_the_rules_of_torch_library(op: str, shape: tuple[int, ..
     torch.library.opcheck(operator, (torch.randn(shape), 2, 4))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck
-@pytest.mark.parametrize("numbers", [False, True])
-def test_the_spre_mask_keeps_them_too(numbers: bool) -> None:
-    nm, live = torch.rand(4, 6, 3, 3), torch.rand(3, 3) < 0.5
-    mask = nm.requires_grad_() if numbers else nm < 0.5
-    torch.library.opcheck(torch.ops.spre_fx.spre_mask.default, (mask, live))
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_the_spre_mask_keeps_them_too(dtype: torch.dtype) -> None:
+    nm, live = torch.rand(4, 6, 3, 3) < 0.5, torch.rand(3, 3) < 0.5
+    torch.library.opcheck(torch.ops.spre_fx.spre_mask.default, (nm.to(dtype), live))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_of_masks_of_numbers_through_the_spre_branch(
+    layout: torch.memory_format,
+) -> None:
+    live = torch.rand(3, 3) < 0.5
+    weight, upstream = (torch.randn(4, 6, 3, 3, dtype=torch.float64) for _ in range(2))
+    nm = (torch.rand(4, 6, 3, 3) < 0.5).double().contiguous(memory_format=layout).requires_grad_()
+    (masked_weight(weight, mask_ops.spre_mask(nm, live)) * upstream).sum().backward()
+    assert nm.grad is not None
+    assert torch.equal(nm.grad, torch.where((nm != 0) & live, weight * upstream, 0.0))
 
 
 @many

@@ -1,5 +1,7 @@
 """B * W and its gradients: by operators in eager mode, as torch computes them."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -53,16 +55,33 @@ def test_a_decay_that_is_a_tensor() -> None:
 
 
 def test_a_mask_of_numbers_has_a_gradient() -> None:
+    for dtype, shape in itertools.product(DTYPES, SHAPES):
+        weight, mask = draw(shape, dtype)
+        numbers = (mask * torch.rand(shape)).to(dtype).requires_grad_()
+        upstream, plain = torch.randn_like(weight), weight.detach()
+        masked = masked_weight(weight, numbers)
+        assert torch.equal(masked, plain * numbers)
+        of_weight, of_mask = torch.autograd.grad(masked, (weight, numbers), upstream)
+        assert torch.equal(of_weight, numbers * upstream)
+        assert torch.equal(of_mask, torch.where(numbers != 0, plain * upstream, 0.0))
+
+
+@pytest.mark.parametrize("of", ["weight", "mask"])
+def test_a_mask_of_numbers_where_only_one_wants_a_gradient(of: str) -> None:
     weight, mask = draw((6, 8))
-    numbers = mask.float().requires_grad_()
-    masked_weight(weight, numbers).sum().backward()
-    assert numbers.grad is not None
-    assert torch.equal(numbers.grad, weight.detach())
+    operands = {"weight": weight.detach(), "mask": mask.float()}
+    wanted = operands[of].requires_grad_()
+    masked_weight(operands["weight"], operands["mask"]).sum().backward()
+    assert wanted.grad is not None
+    assert torch.equal(wanted.grad, mask.float() if of == "weight" else weight * mask)
 
 
 def test_gradients_have_gradients() -> None:
     weight, mask = draw((3, 4, 2, 2), torch.float64)
     assert torch.autograd.gradgradcheck(masked_weight, (weight, mask))
+    numbers = torch.rand_like(weight).add(0.5).requires_grad_()
+    assert torch.autograd.gradcheck(masked_weight, (weight, numbers))
+    assert torch.autograd.gradgradcheck(masked_weight, (weight, numbers))
     first = StraightThroughDecay.apply(weight, mask, 0.7)
     upstream = torch.randn_like(weight, requires_grad=True)
     (once,) = torch.autograd.grad(first, weight, upstream, create_graph=True)
@@ -78,6 +97,8 @@ def test_operators_keep_the_rules_of_torch_library() -> None:
     decay_gradient = torch.ops.spre_fx.decay_gradient.default
     torch.library.opcheck(torch.ops.spre_fx.mask_weight.default, (weight, mask))
     torch.library.opcheck(decay_gradient, (upstream, weight, mask, 0.1))
+    product_gradients = torch.ops.spre_fx.product_gradients.default
+    torch.library.opcheck(product_gradients, (*torch.randn(3, 4, 6, 3, 3),))
     arguments = (torch.randn(4, 6, 3, 3), weight.detach(), mask, 0.1)
     torch.library.opcheck(torch.ops.spre_fx.decay_gradient.default, arguments)
 
@@ -88,7 +109,8 @@ def test_it_compiles(backend: str) -> None:
 
     def loss(weight: Tensor, mask: Tensor) -> Tensor:
         straight: Tensor = StraightThroughDecay.apply(weight, mask, 0.3)
-        return (straight + masked_weight(weight, mask)).pow(2).sum()
+        numbers = masked_weight(weight, mask.float())
+        return (straight + masked_weight(weight, mask) + 2 * numbers).pow(2).sum()
 
     weight, mask = draw((4, 6, 3, 3))
     compiled = torch.compile(loss, backend=backend, fullgraph=True)

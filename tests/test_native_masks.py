@@ -1,5 +1,6 @@
 """Masks by the engine are those by torch, bit for bit, and None where it has no kernel."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from weights import KINDS, draw_weight, weights
+from weights import DTYPES, KINDS, draw_weight, weights
 
 from spre_fx import engine, mask_ops, native_masks
 from spre_fx.patterns import Pattern
@@ -70,13 +71,43 @@ def test_masks_of_weights_of_usual_size(shape: tuple[int, ...], pattern: str) ->
             assert_same_masks(last, Pattern.parse(pattern))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("taps", [1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 25, 49])
+def test_the_largest_of_each_group_with_any_number_of_taps(taps: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    for seed, (m, channels) in enumerate(itertools.product((2, 3, 4, 8, 16, 64), (1, 2, 3))):
+        kind, dtype = ALL_KINDS[seed % len(ALL_KINDS)], DTYPES[seed % len(DTYPES)]
+        for rest in (0, 1, m - 1):
+            weight = draw_weight((7, channels * m + rest, taps), dtype, kind, seed)
+            mask = native_masks.nm_mask(weight, 1, m)
+            assert mask is not None
+            assert torch.equal(mask, mask_ops.nm_mask_by_torch(weight, 1, m))
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_counting_in_weights_large_enough_to_be_sampled(dtype: torch.dtype, kind: str) -> None:
+    for seed, kernel in enumerate([(3, 3), (1, 1), (5, 5)]):
+        torch.set_num_threads(1 + seed)
+        taps = kernel[0] * kernel[1]
+        weight = draw_weight((131, 2400 // taps, *kernel), dtype, kind, seed)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            laid_out = weight.contiguous(memory_format=layout)
+            for share in (1000, 16, 4, 2):
+                count = weight.numel() // share
+                per_tap = native_masks.count_largest(laid_out, count)
+                expected = mask_ops.count_per_tap(mask_ops.largest(weight, count))
+                assert per_tap is not None
+                assert torch.equal(per_tap, expected)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_counting_where_a_sample_of_the_weights_misleads(dtype: torch.dtype, threads: int) -> None:
     torch.set_num_threads(threads)
     weight = draw_weight((128, 260, 3, 3), dtype, ALL_KINDS[0], 0)
     line = 64 // weight.itemsize
-    period = weight.numel() // line // 2048 | 1  # of the lines that are sampled
+    period = weight.numel() // line // 4096 | 1  # of the lines that are sampled
     whole = weight.numel() // (period * line) * period * line
     sampled = weight.view(-1)[:whole].unflatten(0, (-1, period, line))
     for scale in (1000, 0.001):
@@ -96,6 +127,19 @@ def test_masked_weights_and_gradients() -> None:
             assert_same(found, torch.where(mask, gradient, gradient + 0.3 * weight))
 
 
+def test_gradients_of_products_with_masks_of_numbers() -> None:
+    for seed, kind in enumerate(ALL_KINDS):
+        torch.set_num_threads(1 + seed % 3)
+        for dtype in (torch.float32, torch.float64):
+            weight = draw_weight((20, 30, 3, 3), dtype, kind, seed)
+            gradient = draw_weight(weight.shape, dtype, ALL_KINDS[-seed], seed + 1)
+            mask = torch.rand_like(weight).sub(0.5).relu()
+            found = native_masks.product_gradients(gradient, weight, mask)
+            assert found is not None
+            assert_same(found[0], gradient * mask)
+            assert_same(found[1], torch.where(mask != 0, gradient * weight, 0))
+
+
 def assert_same(found: Tensor | None, expected: Tensor) -> None:
     assert found is not None
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
@@ -109,6 +153,7 @@ def test_channels_last_stays_channels_last() -> None:
     for found in (
         native_masks.mask_weight(weight, mask),
         native_masks.decay_gradient(gradient, weight, mask, 0.1),
+        *(native_masks.product_gradients(gradient, weight, mask.to(weight)) or (None,)),
     ):
         assert found is not None
         assert found.stride() == weight.stride()
@@ -139,6 +184,7 @@ def test_short_types_are_masked_by_torch(dtype: torch.dtype) -> None:
     weight, mask = torch.randn(4, 8, dtype=dtype), torch.rand(4, 8) < 0.5
     assert native_masks.mask_weight(weight, mask) is None
     assert native_masks.decay_gradient(weight, weight, mask, 0.1) is None
+    assert native_masks.product_gradients(weight, weight, mask.to(dtype)) is None
 
 
 def test_operands_that_lie_differently_in_memory_are_left_to_torch() -> None:
@@ -150,3 +196,6 @@ def test_operands_that_lie_differently_in_memory_are_left_to_torch() -> None:
     assert native_masks.mask_weight(weight, mask.float()) is None
     assert native_masks.decay_gradient(last, weight, mask, 0.1) is None
     assert native_masks.decay_gradient(weight.double(), weight, mask, 0.1) is None
+    assert native_masks.product_gradients(last, weight, mask.float()) is None
+    assert native_masks.product_gradients(weight, weight, mask) is None
+    assert native_masks.product_gradients(weight.double(), weight, mask.float()) is None

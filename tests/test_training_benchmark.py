@@ -178,6 +178,8 @@ def test_splitting_the_gradients_changes_none(module):
     ("name", "kind"),
     [
         ("spre_fx::live_taps", "mask updates"),
+        ("_SpReMaskBackward", "mask updates"),
+        ("_ProductOfNumbersBackward", "masked weights"),
         ("spre_fx::mask_weight", "masked weights"),
         ("GeneratedBackwardFor_spre_fx_mask_weight_default", "masked weights"),
         ("GeneratedBackwardFor_spre_fx_mask_weight_defaultBackward", "masked weights"),

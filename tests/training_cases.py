@@ -124,6 +124,28 @@ def decay_gradient(engine: Engine, seed: int, threads: int) -> None:
     assert_same(y, expected, draw.memory, memory, byte_mask)
 
 
+def product_gradients(engine: Engine, seed: int, threads: int) -> None:
+    draw = Draw(seed, (torch.float32, torch.float64))
+    weight, mask = draw.weight, draw.mask()
+    drawn = draw_weight(weight.shape, weight.dtype, draw.random.choice(KINDS), seed + 1)
+    gradient = torch.empty_like(weight).copy_(drawn)
+    numbers = mask * torch.empty_like(weight).fill_(draw.random.choice((1.0, 0.3)))
+    memories = [fenced(in_memory(gradient)), draw.memory, fenced(in_memory(numbers))]
+    of_weight, of_mask = (Fenced(weight.numel() * weight.itemsize) for _ in range(2))
+    engine.product_gradients(
+        gradient=memories[0].address,
+        weight=memories[1].address,
+        mask=memories[2].address,
+        of_weight=of_weight.address,
+        of_mask=of_mask.address,
+        itemsize=weight.itemsize,
+        count=weight.numel(),
+        threads=threads,
+    )
+    assert_same(of_weight, gradient * numbers, *memories)
+    assert_same(of_mask, torch.where(mask, gradient * weight, 0.0))
+
+
 # What each pass reads besides the mask, and what its result lies in memory like.
 PASSES = (
     (("x", "weight", "bias"), "x"),
@@ -170,6 +192,7 @@ CALLS: dict[str, Callable[[Engine, int, int], None]] = {
     "count_largest": count_largest,
     "mask_weight": mask_weight,
     "decay_gradient": decay_gradient,
+    "product_gradients": product_gradients,
     "masked_conv": masked_conv,
 }
 

@@ -35,6 +35,9 @@ _NAMES = {
         "spre_fx::mask_weight",
         "spre_fx::mask_weight, backward",
         "spre_fx::decay_gradient",
+        "_ProductOfNumbers",
+        "_ProductOfNumbersBackward",
+        "spre_fx::product_gradients",
         "SRSTEWeight",
         "SRSTEWeightBackward",
     ),
@@ -46,7 +49,7 @@ _NAMES = {
     MASKS: (
         MASKS,
         *(f"spre_fx::{name}" for name in ("nm_mask", "unstructured_mask", "live_taps")),
-        *("spre_fx::spre_mask", "spre_fx::spre_mask, backward", "spre_fx::update_mask"),
+        *("spre_fx::spre_mask", "_SpReMask", "_SpReMaskBackward", "spre_fx::update_mask"),
         "spre_fx::signal_of_step",
     ),
     "optimizer": ("Optimizer.step#SGD.step", "Optimizer.zero_grad#SGD.zero_grad"),

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <type_traits>
 
 #include "magnitude.h"
 #include "team.h"
@@ -44,7 +45,7 @@ class CountLargest {
   // After all shares, on one thread.
   void finish(int64_t* per_tap) {
     std::fill(per_tap, per_tap + w_.taps, 0);
-    for (int64_t i = 0; i < threads_ * row(); ++i) per_tap[i % row() % w_.taps] += sums_[i];
+    for (int64_t i = 0; i < threads_ * row(w_); ++i) per_tap[tap_of_sum(i % row(w_))] += sums_[i];
     Candidate* end = candidates_;
     for (int64_t i = 0; i < threads_; ++i)
       end = std::copy(parts_[i].candidates, parts_[i].end, end);
@@ -60,22 +61,20 @@ class CountLargest {
  private:
   static constexpr int kTopBits = 14, kBins = 1 << kTopBits;
   static constexpr int kShift = 8 * sizeof(Bits) - 1 - kTopBits;  // to the bin of a magnitude
+  static constexpr int64_t kPartsOfBin = kShift < 8 ? 1 : 16;     // short numbers have none
   static constexpr int kDigit = 12;                               // bits, of candidates
-  static constexpr int64_t kLine = kCacheLine / sizeof(Bits), kSampledLines = 2048;
+  static constexpr int64_t kLine = kCacheLine / sizeof(Bits), kSampledLines = 4096;
+  static constexpr int64_t kLinesAhead = 16;  // of a sample, where no CPU foresees the next one
+  static constexpr int64_t kBlock = 64;       // numbers that are compared together
 
   struct Candidate {
     Bits magnitude;  // above the lower bound
     int32_t index;   // in memory
   };
 
-  // The first and the last bin of those that may hold the smallest magnitude that is kept.
+  // Between which magnitudes, these included, the smallest that is kept may lie.
   struct Bounds {
-    int64_t low, high;
-
-    Bits lowest() const { return static_cast<Bits>(low << kShift); }
-    Bits highest() const {
-      return static_cast<Bits>(high << kShift | ((int64_t{1} << kShift) - 1));
-    }
+    Bits lowest, highest;
   };
 
   // The digit of the smallest magnitude that is kept, and how many of those that have it are.
@@ -87,24 +86,26 @@ class CountLargest {
     uint32_t bins[kBins];
     Bounds bounds;
     Candidate *candidates, *end;
-    int64_t above;
+    int64_t sampled, above;
   };
 
   static int64_t count(const Weight& w) { return w.filters * w.channels * w.taps; }
 
-  // The length of a row of sums: whole kernels, and enough of them for long loops.
-  static int64_t row(const Weight& w) {
-    return w.channels_last ? w.taps : w.taps * round_up(ceil_div(128, w.taps), 16);
+  // One thread's sums: of whole kernels that fill whole blocks or, channels-last, of a block for
+  // each tap.
+  static int64_t row(const Weight& w) { return w.taps * kBlock; }
+  int64_t tap_of_sum(int64_t place) const {
+    return w_.channels_last ? place / kBlock : place % w_.taps;
   }
-  int64_t row() const { return row(w_); }
   static int64_t sums_bytes(const Weight& w, int64_t threads) {
     return round_up(threads * row(w) * sizeof(int32_t), kCacheLine);
   }
 
   const Bits* numbers() const { return static_cast<const Bits*>(w_.numbers); }
-  int64_t tap(Candidate c) const {
-    return (w_.channels_last ? c.index / w_.channels : c.index) % w_.taps;
+  int64_t tap_of(int64_t index) const {
+    return (w_.channels_last ? index / w_.channels : index) % w_.taps;
   }
+  int64_t tap(Candidate c) const { return tap_of(c.index); }
   // The index in the order filter, channel, tap.
   int64_t order(Candidate c) const {
     if (!w_.channels_last) return c.index;
@@ -117,21 +118,27 @@ class CountLargest {
   bool split(int64_t first, int64_t last, int64_t stride, const Worker& worker, Barrier& barrier) {
     Part& own = parts_[worker.thread];
     std::fill(own.bins, own.bins + kBins, 0);
-    for (int64_t line = first; line < last; line += stride * kLine)
-      for (int64_t i = line; i < std::min(line + kLine, last); ++i)
-        ++own.bins[magnitude(numbers()[i]) >> kShift];
+    own.sampled = 0;
+    for (int64_t line = first; line < last; line += stride * kLine) {
+      const int64_t end = std::min(line + kLine, last);
+      __builtin_prefetch(numbers() + std::min(line + kLinesAhead * stride * kLine, last - 1));
+      for (int64_t i = line; i < end; ++i) ++own.bins[magnitude(numbers()[i]) >> kShift];
+      own.sampled += end - line;
+    }
     barrier.wait(worker.threads);
     own.bounds = bounds(stride);
     own.candidates = own.end = candidates_ + first;
-    int32_t* sums = sums_ + worker.thread * row();
-    std::fill(sums, sums + row(), 0);
-    const int64_t size = w_.channels_last ? w_.channels : row();
+    int32_t* sums = sums_ + worker.thread * row(w_);
+    std::fill(sums, sums + row(w_), 0);
+    const int64_t size = w_.channels_last ? w_.channels : row(w_);
     for (int64_t from = first; from < last; from += size) {
       const int64_t to = std::min(last, from + size);
-      count_above(from, to, own.bounds.highest(), sums);
-      own.end = collect(from, to, own.bounds, own.end);
+      if (w_.channels_last)
+        own.end = split_row(from, to, own.bounds, sums + tap_of(from) * kBlock, 0, own.end);
+      else
+        own.end = split_row(from, to, own.bounds, sums, kBlock, own.end);
     }
-    own.above = std::accumulate(sums, sums + row(), int64_t{0});
+    own.above = std::accumulate(sums, sums + row(w_), int64_t{0});
     barrier.wait(worker.threads);
     const int64_t above = sum_of([](const Part& part) { return part.above; });
     const int64_t within = sum_of([](const Part& part) { return part.end - part.candidates; });
@@ -145,78 +152,90 @@ class CountLargest {
     return sum;
   }
 
-  // What a sample says of the number of those that are kept is some standard deviations off, of
-  // which half the root of its size is the largest there is.
+  // What a sample says of the number of those that are kept is some standard deviations off.
   Bounds bounds(int64_t stride) const {
+    const int64_t sampled = sum_of([](const Part& part) { return part.sampled; });
+    const double share = static_cast<double>(kept_) / count(w_);
+    const double deviation = stride > 1 ? std::sqrt(share * (1 - share) * sampled) : 0;
+    const int64_t rank = stride > 1 ? std::llround(share * sampled) : kept_;
+    const int64_t margin = std::llround(4 * deviation);
+    const int64_t parts = stride > 1 ? kPartsOfBin : 1;
+    int64_t bin = kBins - 1, above = 0;
+    const Bits highest = find(rank - margin, parts, bin, above).highest;
+    return {find(rank + margin, parts, bin, above).lowest, highest};
+  }
+
+  // The part of a bin in which the number of this rank in the sample lies, 1 being the largest, if
+  // the numbers of a bin lie evenly in it. The search begins with `bin`, `above` which so many lie.
+  Bounds find(int64_t rank, int64_t parts, int64_t& bin, int64_t& above) const {
     const auto size_of = [&](int64_t bin) {
       return sum_of([&](const Part& part) { return part.bins[bin]; });
     };
-    int64_t kept = kept_, margin = 0;
-    if (stride > 1) {
-      int64_t sample = 0;
-      for (int64_t bin = 0; bin < kBins; ++bin) sample += size_of(bin);
-      kept = static_cast<int64_t>(static_cast<double>(kept_) / count(w_) * sample);
-      margin = static_cast<int64_t>(2 * std::sqrt(sample));
-    }
-    int64_t high = kBins - 1, above = size_of(high);
-    while (high > 0 && above < kept - margin) above += size_of(--high);
-    int64_t low = high;
-    while (low > 0 && above < kept + margin) above += size_of(--low);
-    return {low, high};
+    int64_t size = size_of(bin);
+    for (; bin > 0 && above + size < rank; size = size_of(--bin)) above += size;
+    const int64_t from_above = (rank - above) * parts / std::max<int64_t>(size, 1);
+    const int64_t part = parts - 1 - std::clamp<int64_t>(from_above, 0, parts - 1);
+    const int64_t width = (int64_t{1} << kShift) / parts, lowest = (bin << kShift) + part * width;
+    return {static_cast<Bits>(lowest), static_cast<Bits>(lowest + width - 1)};
   }
 
   // How many bits a candidate has.
   static int width(Bounds bounds) {
-    int bits = kShift;
-    while (int64_t{1} << (bits - kShift) < bounds.high - bounds.low + 1) ++bits;
+    int bits = 1;
+    while ((bounds.highest - bounds.lowest) >> bits != 0) ++bits;
     return bits;
   }
 
-  void count_above(int64_t first, int64_t last, Bits most, int32_t* __restrict sums) const {
-    const Bits* __restrict from = numbers() + first;
-    if (w_.channels_last) {
-      int32_t sum = 0;
-      for (int64_t i = 0; i < last - first; ++i) sum += magnitude(from[i]) > most ? 1 : 0;
-      sums[first / w_.channels % w_.taps] += sum;
-    } else {
-      for (int64_t i = 0; i < last - first; ++i) sums[i] += magnitude(from[i]) > most ? 1 : 0;
-    }
-  }
-
-  // Copies what lies within the bounds: a few numbers of each block, or none.
-  Candidate* collect(int64_t first, int64_t last, Bounds bounds, Candidate* to) const {
-    constexpr int64_t kBlock = 64;
-    const Bits* __restrict numbers = this->numbers();
-    const Bits lowest = bounds.lowest(), highest = bounds.highest();
-    const auto is_within = [&](int64_t i) {
-      const Bits m = magnitude(numbers[i]);
-      return static_cast<uint8_t>((m >= lowest ? 1 : 0) & (m <= highest ? 1 : 0));
+  // Counts what is above the bounds, each block in sums `step` behind those of the one before, and
+  // copies what lies within.
+  Candidate* split_row(int64_t first, int64_t last, Bounds bounds, int32_t* sums, int64_t step,
+                       Candidate* to) const {
+    const auto split_block = [&](auto size) {
+      uint8_t within[kBlock];
+      count_above(numbers() + first, size, bounds, sums);
+      find_within(numbers() + first, size, bounds, within);
+      to = collect(first, within, size, bounds, to);
     };
-    for (; first < last; first += kBlock) {
-      uint8_t within[kBlock] = {};
-      if (last - first >= kBlock) {  // the compiler makes most of a size it knows
-        for (int64_t i = 0; i < kBlock; ++i) within[i] = is_within(first + i);
-      } else {
-        for (int64_t i = 0; i < last - first; ++i) within[i] = is_within(first + i);
-      }
-      for (uint64_t left = bits_of(within); left != 0; left &= left - 1) {
-        const int64_t i = first + __builtin_ctzll(left);
-        *to++ = {static_cast<Bits>(magnitude(numbers[i]) - lowest), static_cast<int32_t>(i)};
-      }
-    }
+    for (; first + kBlock <= last; first += kBlock, sums += step)
+      split_block(std::integral_constant<int64_t, kBlock>());  // compilers make most of it
+    if (first < last) split_block(last - first);
     return to;
   }
 
-  // Bit i is byte i of 64, each 0 or 1. The product moves the eight bytes of a number into its
-  // highest byte.
-  static uint64_t bits_of(const uint8_t (&bytes)[64]) {
-    uint64_t bits = 0;
-    for (int i = 0; i < 8; ++i) {
-      uint64_t eight = 0;
-      for (int j = 0; j < 8; ++j) eight |= static_cast<uint64_t>(bytes[8 * i + j]) << (8 * j);
-      bits |= (eight * 0x0102040810204080u >> 56) << (8 * i);
+  template <class Size>
+  static void count_above(const Bits* __restrict numbers, Size size, Bounds bounds,
+                          int32_t* __restrict sums) {
+    for (int64_t i = 0; i < size; ++i) sums[i] += magnitude(numbers[i]) > bounds.highest ? 1 : 0;
+  }
+
+  // Not in the loop above: numbers of one size make faster loops.
+  template <class Size>
+  static void find_within(const Bits* __restrict numbers, Size size, Bounds bounds,
+                          uint8_t* __restrict within) {
+    for (int64_t i = 0; i < size; ++i) {
+      const Bits m = magnitude(numbers[i]);
+      within[i] =
+          static_cast<uint8_t>((m >= bounds.lowest ? 1 : 0) & (m <= bounds.highest ? 1 : 0));
     }
-    return bits;
+  }
+
+  // Most words of `within` are 0. In the others no branch asks which bytes are.
+  template <class Size>
+  Candidate* collect(int64_t first, const uint8_t* within, Size size, Bounds bounds,
+                     Candidate* to) const {
+    constexpr int64_t kWord = sizeof(uint64_t);
+    for (int64_t i = 0; i < size; i += kWord) {
+      uint64_t word = 0;
+      std::memcpy(&word, within + i, std::min<int64_t>(kWord, size - i));
+      if (word == 0) continue;
+      for (int64_t j = i; j < std::min<int64_t>(i + kWord, size); ++j) {
+        const Bits above_lowest =
+            static_cast<Bits>(magnitude(numbers()[first + j]) - bounds.lowest);
+        *to = {above_lowest, static_cast<int32_t>(first + j)};
+        to += within[j];
+      }
+    }
+    return to;
   }
 
   // Counts the candidates that the digit below `shift` puts above the cut, and keeps those in it.

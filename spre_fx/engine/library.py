@@ -16,7 +16,7 @@ from spre_fx.engine.program import Program, Step
 from spre_fx.engine.training import MaskedConv, Weight
 from spre_fx.errors import OptionError
 
-VERSION = 7  # of engine.h and training.h
+VERSION = 8  # of engine.h and training.h
 VARIABLE = "SPRE_FX_ENGINE"
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # the best first
 
@@ -47,6 +47,7 @@ _FUNCTIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
         (*(_ADDRESS,) * 4, _INTEGER, _INTEGER, ctypes.c_double, *_ON_THREADS),
         None,
     ),
+    "spre_product_gradients": ((*(_ADDRESS,) * 5, _INTEGER, _INTEGER, *_ON_THREADS), None),
     "spre_count_kept": ((_ADDRESS, _INTEGER), _INTEGER),
     "spre_images_together": ((_INTEGER,), _INTEGER),
     "spre_masked_conv_scratch": ((_CONV, _INTEGER, _INTEGER, _INTEGER), _INTEGER),
@@ -149,6 +150,24 @@ class Engine:
         threads = self._threads(threads)
         self._library.spre_decay_gradient(
             gradient, weight, mask, y, itemsize, count, decay, threads, self._openmp
+        )
+
+    def product_gradients(
+        self,
+        *,
+        gradient: int,
+        weight: int,
+        mask: int,
+        of_weight: int,
+        of_mask: int,
+        itemsize: int,
+        count: int,
+        threads: int,
+    ) -> None:
+        """Write the gradients of weight * mask, both of numbers; a mask has none where it is 0."""
+        operands = (gradient, weight, mask, of_weight, of_mask)
+        self._library.spre_product_gradients(
+            *operands, itemsize, count, self._threads(threads), self._openmp
         )
 
     def count_kept(self, mask: int, count: int) -> int:

@@ -14,6 +14,19 @@ void mask_weight(const Number* __restrict weight, const uint8_t* __restrict mask
   for (int64_t i = 0; i < count; ++i) y[i] = weight[i] * static_cast<Number>(mask[i]);
 }
 
+// The gradients of a product of a weight and a mask of numbers: of the weight, and of the mask
+// where that is not 0.
+template <class Number>
+void product_gradients(const Number* __restrict gradient, const Number* __restrict weight,
+                       const Number* __restrict mask, Number* __restrict of_weight,
+                       Number* __restrict of_mask, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    of_weight[i] = gradient[i] * mask[i];
+    const Number product = gradient[i] * weight[i];
+    of_mask[i] = mask[i] == 0 ? 0 : product;
+  }
+}
+
 // Adds -0, which changes no number, where the mask is 1. Choosing by bits what is added keeps the
 // compiler from rounding product and sum as one, which would not be what torch computes.
 template <class Number>

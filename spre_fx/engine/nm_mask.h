@@ -47,6 +47,42 @@ SPRE_NOINLINE void keep_first_largest(const Bits* __restrict magnitudes, uint8_t
     }
 }
 
+// Where taps lie side by side and N is 1, groups are read where they are: a span of taps at a time,
+// the last one ending with the last tap. Of each tap only one byte of the mask is not 0.
+inline constexpr int64_t kSpan = 8;
+
+// A number at each tap of a span. Compilers keep such a vector in registers.
+template <class Bits>
+struct Span {
+  typedef Bits Numbers __attribute__((vector_size(kSpan * sizeof(Bits))));
+
+  static void read_magnitudes(const Bits* from, Numbers& to) {
+    std::memcpy(&to, from, sizeof(to));
+    to &= std::numeric_limits<Bits>::max();
+  }
+};
+
+template <class Bits>
+SPRE_NOINLINE void keep_first_largest(const Bits* __restrict weight, uint8_t* __restrict mask,
+                                      int64_t groups, int64_t members, int64_t taps) {
+  const int64_t size = members * taps;
+  std::memset(mask, 0, groups * size);
+  for (int64_t g = 0; g < groups; ++g, weight += size, mask += size)
+    for (int64_t done = 0; done < taps; done += kSpan) {
+      const int64_t tap = std::min(done, taps - kSpan);
+      typename Span<Bits>::Numbers largest, other, member = {}, j = {};
+      Span<Bits>::read_magnitudes(weight + tap, largest);
+      for (int64_t place = taps + tap; place < size; place += taps) {
+        Span<Bits>::read_magnitudes(weight + place, other);
+        j += 1;
+        const auto larger = other > largest;
+        largest = larger ? other : largest;
+        member = larger ? j : member;
+      }
+      for (int64_t l = done - tap; l < kSpan; ++l) mask[member[l] * taps + tap + l] = 1;
+    }
+}
+
 // The rank of a member is the number of those that come before it. At first those are all later
 // ones and none of the earlier ones; then each pair is compared.
 template <int M, class Bits>
@@ -180,11 +216,15 @@ void run_nm_mask(const Weight& weight, int64_t n, int64_t m, uint8_t* mask, cons
     const int64_t groups = std::clamp<int64_t>(lanes / inner, 1, std::max<int64_t>(whole, 1));
     const int64_t members = std::min(m, channels - channel);
     const int64_t start = (row * channels + channel) * inner;
+    group += groups;
+    if (n == 1 && inner >= kSpan) {
+      keep_first_largest(numbers + start, mask + start, groups, members, inner);
+      continue;
+    }
     for (int64_t tap = 0; tap < inner; tap += lanes) {
       const int64_t taps = std::min(lanes, inner - tap);
       tile.run(numbers + start + tap, mask + start + tap, groups, members, taps, inner);
     }
-    group += groups;
   }
 }
 

@@ -90,6 +90,21 @@ SPRE_EXPORT void spre_decay_gradient(const void* gradient, const void* weight, c
   });
 }
 
+SPRE_EXPORT void spre_product_gradients(const void* gradient, const void* weight, const void* mask,
+                                        void* of_weight, void* of_mask, int64_t bytes,
+                                        int64_t count, int64_t threads,
+                                        const spre::OpenMP* openmp) {
+  spre::with_number(bytes, [&](auto number) {
+    using Number = decltype(number);
+    spre::in_parts(openmp, threads, count, [&](int64_t first, int64_t size) {
+      spre::product_gradients(
+          static_cast<const Number*>(gradient) + first, static_cast<const Number*>(weight) + first,
+          static_cast<const Number*>(mask) + first, static_cast<Number*>(of_weight) + first,
+          static_cast<Number*>(of_mask) + first, size);
+    });
+  });
+}
+
 SPRE_EXPORT int64_t spre_images_together(int64_t bytes) { return spre::kVectorBytes / bytes; }
 
 SPRE_EXPORT int64_t spre_count_kept(const uint8_t* mask, int64_t count) {

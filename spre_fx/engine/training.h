@@ -64,6 +64,12 @@ void spre_decay_gradient(const void* gradient, const void* weight, const uint8_t
                          int64_t bytes, int64_t count, double decay, int64_t threads,
                          const spre::OpenMP* openmp);
 
+// The gradients of y = weight * mask, the mask being of numbers too: that of y times the mask, and
+// times the weight where the mask is not 0, 0 elsewhere.
+void spre_product_gradients(const void* gradient, const void* weight, const void* mask,
+                            void* of_weight, void* of_mask, int64_t bytes, int64_t count,
+                            int64_t threads, const spre::OpenMP* openmp);
+
 // How many images the passes of a conv take at a time, where a number has so many bytes. A last
 // group that is smaller takes as long as a full one.
 int64_t spre_images_together(int64_t bytes);
