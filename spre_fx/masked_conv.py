@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spre_fx import native_conv
+from spre_fx.masked_weight import masked_weight
 from spre_fx.native_conv import Geometry, Kept
 from spre_fx.operators import operator, register_gradient
 
@@ -76,7 +77,7 @@ class SparseCompute:
 
         Args:
             x: `(batch, C_in, H, W)`.
-            weight: B * W, `(C_out, C_in/groups, kH, kW)`.
+            weight: `(C_out, C_in/groups, kH, kW)`.
 
         Returns:
             A number for each `Pass`, negative for one that is always dense; None where that holds
@@ -112,19 +113,21 @@ def masked_conv2d(
     *,
     geometry: Geometry,
     most_kept: list[int],
+    is_masked: bool = True,
 ) -> Tensor:
-    """conv2d(x; weight), where `weight` is 0 wherever `mask` is.
+    """conv2d(x; B * W).
 
     Args:
         x: `(batch, C_in, H, W)`.
-        weight: B * W, `(C_out, C_in/groups, kH, kW)`.
+        weight: B * W, `(C_out, C_in/groups, kH, kW)`; or W, which spares the product.
         mask: B, bool or numbers, of the same shape.
         bias: `(C_out,)` or None.
         geometry: Stride, padding, dilation and groups.
         most_kept: For each `Pass`, up to how many weights the mask may keep for the pass to leave
             out the others. The weight gradient is then 0 where the mask is.
+        is_masked: Whether `weight` is B * W. If it is W, its gradient is always 0 where B is.
     """
-    y: Tensor = _masked_conv(x, weight, mask, bias, *geometry, most_kept)
+    y: Tensor = _masked_conv(x, weight, mask, bias, *geometry, most_kept, is_masked)
     return y
 
 
@@ -138,7 +141,7 @@ def sparse_passes(kept: Kept, most_kept: list[int]) -> Pass:
 
 
 def _masked_conv_fake(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    _, _, *geometry, _ = others
+    _, _, *geometry, _, _ = others
     shape = native_conv.output_shape(x, weight, Geometry(*geometry))
     return x.new_empty(shape).to(memory_format=native_conv.memory_format(x))
 
@@ -154,11 +157,13 @@ def _masked_conv(  # noqa: PLR0917
     dilation: list[int],
     groups: int,
     most_kept: list[int],
+    is_masked: bool,
 ) -> Tensor:
     geometry = Geometry(stride, padding, dilation, groups)
     kept = native_conv.kept_by(mask)
     if Pass.FORWARD in sparse_passes(kept, most_kept) and (bias is None or bias.dtype == x.dtype):
         return native_conv.forward(x, weight, kept, bias, geometry)
+    weight = weight if is_masked else masked_weight(weight, mask)
     return _like(F.conv2d(x, weight, bias, *geometry), x)
 
 
@@ -185,6 +190,7 @@ def _masked_conv_backward(  # noqa: PLR0917
     dilation: list[int],
     groups: int,
     most_kept: list[int],
+    is_masked: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:
     geometry = Geometry(stride, padding, dilation, groups)
@@ -198,9 +204,11 @@ def _masked_conv_backward(  # noqa: PLR0917
         weight_gradient = native_conv.weight_gradient(gradient, x, kept, geometry)
         of_weight = False
     if of_x or of_weight:
-        dense = _dense_backward(gradient, x, weight, geometry, [of_x, of_weight])
+        masked = weight if is_masked or not of_x else masked_weight(weight, mask)
+        dense = _dense_backward(gradient, x, masked, geometry, [of_x, of_weight])
         x_gradient = x_gradient if dense[0] is None else _like(dense[0], x)
-        weight_gradient = weight_gradient if dense[1] is None else dense[1]
+        if dense[1] is not None:
+            weight_gradient = dense[1] if is_masked else masked_weight(dense[1], mask)
     return x_gradient, _like(weight_gradient, weight) if wanted[1] else weight_gradient
 
 
@@ -240,9 +248,10 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     of_x, of_weight, _, of_bias = ctx.needs_input_grad[:4]
     wanted = [of_x, of_weight]
     if torch.is_grad_enabled():  # with create_graph=True autograd has to see what is computed
-        geometry = Geometry(*ctx.others[:4])
-        found = _dense_backward(gradient, x, weight, geometry, wanted)
-        if found[1] is not None and ctx.others[4][-1] >= 0:
+        *geometry, most_kept, is_masked = ctx.others
+        masked = weight if is_masked else masked_weight(weight, mask)
+        found = _dense_backward(gradient, x, masked, Geometry(*geometry), wanted)
+        if found[1] is not None and (most_kept[-1] >= 0 or not is_masked):
             found = found[0], found[1] * (mask != 0)
     else:
         found = _masked_conv_backward(gradient, x, weight, mask, *ctx.others, wanted)
@@ -250,7 +259,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x_gradient, weight_gradient = (
         one if want else None for one, want in zip(found, wanted, strict=True)
     )
-    return x_gradient, weight_gradient, None, bias, None, None, None, None, None
+    return x_gradient, weight_gradient, None, bias, *(None,) * 6
 
 
 register_gradient("masked_conv", _backward, _keep)

@@ -206,13 +206,27 @@ class _ConvForward:
 
         def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
-    def _masked_forward(self, input: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-        """conv(input; weight), where `weight` is masked."""
+    def _masked_forward(
+        self, input: Tensor, weight: Tensor, mask: Tensor, *, is_masked: bool = True
+    ) -> Tensor:
+        """conv(input; B * W).
+
+        Args:
+            input: Of the conv.
+            weight: B * W; or W, which is given no gradient where the mask is 0.
+            mask: B.
+            is_masked: Whether `weight` is B * W.
+        """
         if self.sparse is not None:
             most_kept = self.sparse.most_kept(input, weight)
             if most_kept is not None:
-                operands = (input, weight, mask.detach(), self.bias)
-                return masked_conv2d(*operands, geometry=self.sparse.geometry, most_kept=most_kept)
+                return masked_conv2d(
+                    *(input, weight, mask.detach(), self.bias),
+                    geometry=self.sparse.geometry,
+                    most_kept=most_kept,
+                    is_masked=is_masked,
+                )
+        weight = weight if is_masked else masked_weight(weight, mask)
         return self._conv_forward(input, weight, self.bias)
 
 
@@ -277,6 +291,9 @@ class SpReConv(nn.Module, _ConvForward):
         """Without a mask (before the masks are wired) the branch is dense."""
         if mask is None:
             return self._conv_forward(input, self.weight, self.bias)
+        if not self.straight_through and mask.dtype == torch.bool:
+            return self._masked_forward(input, self.weight, mask, is_masked=False)
+        # Gradients for all weights, or for a mask of numbers such as LBC's, come of a product.
         return self._masked_forward(input, self._masked(mask), mask)
 
     def _masked(self, mask: Tensor) -> Tensor:

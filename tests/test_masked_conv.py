@@ -47,12 +47,13 @@ def most_kept(passes: Pass) -> list[int]:
     return [10**9 if each in passes else -1 for each in Pass]
 
 
-def run(conv: MaskedConv, passes: Pass, *operands: Tensor | None) -> Tensor:
+def run(conv: MaskedConv, passes: Pass, *operands: Tensor | None, is_masked: bool = True) -> Tensor:
     x, weight, bias = operands
     assert x is not None
     assert weight is not None
     limits = most_kept(passes)
-    return masked_conv2d(x, weight, conv.mask, bias, geometry=conv.geometry, most_kept=limits)
+    how = {"geometry": conv.geometry, "most_kept": limits, "is_masked": is_masked}
+    return masked_conv2d(x, weight, conv.mask, bias, **how)
 
 
 def leaves(conv: MaskedConv, wanted: tuple[bool, ...] = (True,) * 3) -> list[Tensor]:
@@ -72,6 +73,22 @@ def test_output_and_gradients_are_those_of_torch(passes: Pass) -> None:
         expected.backward(conv.y_gradient)
         if passes & Pass.WEIGHT_GRADIENT:
             theirs[1].grad *= conv.mask
+        for found, leaf in zip(ours, theirs, strict=True):
+            assert_close(found.grad, leaf.grad)
+
+
+@pytest.mark.parametrize("passes", COMBINATIONS, ids=str)
+def test_of_weights_that_are_not_masked_the_kept_ones_count(passes: Pass) -> None:
+    for seed in range(6):
+        conv = draw(seed)
+        conv.weight = torch.where(conv.mask, conv.weight, torch.randn_like(conv.weight))
+        ours, theirs = leaves(conv), leaves(conv)
+        y = run(conv, passes, *ours, is_masked=False)
+        x, weight, bias = theirs
+        expected = F.conv2d(x, weight * conv.mask, bias, *conv.geometry)
+        assert_close(y.detach(), expected.detach())
+        y.backward(conv.y_gradient)
+        expected.backward(conv.y_gradient)
         for found, leaf in zip(ours, theirs, strict=True):
             assert_close(found.grad, leaf.grad)
 
@@ -126,29 +143,32 @@ def test_gradients_of_gradients_are_those_of_torch(passes: Pass) -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("is_masked", [True, False])
 @pytest.mark.parametrize("passes", [EVERY, Pass.INPUT_GRADIENT], ids=str)
-def test_gradients_are_derivatives(passes: Pass) -> None:
+def test_gradients_are_derivatives(passes: Pass, is_masked: bool) -> None:
     conv = small()
     operands = leaves(conv)
 
     def masked(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return run(conv, passes, x, weight * conv.mask, bias)
+        weight = weight * conv.mask if is_masked else weight
+        return run(conv, passes, x, weight, bias, is_masked=is_masked)
 
     assert torch.autograd.gradcheck(masked, operands, fast_mode=True)
     assert torch.autograd.gradgradcheck(masked, operands, fast_mode=True)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck
+@pytest.mark.parametrize("is_masked", [True, False])
 @pytest.mark.parametrize("passes", [EVERY, Pass(0)], ids=str)
-def test_operators_keep_the_rules_of_torch_library(passes: Pass) -> None:
+def test_operators_keep_the_rules_of_torch_library(passes: Pass, is_masked: bool) -> None:
     conv = small(torch.float32)
     operands = (conv.x.to(memory_format=LAST), conv.weight)
-    others = (conv.mask, conv.bias, *conv.geometry, most_kept(passes))
+    others = (conv.mask, conv.bias, *conv.geometry, most_kept(passes), is_masked)
     ops = torch.ops.spre_fx
     leaves = (each.requires_grad_() for each in operands)
     torch.library.opcheck(ops.masked_conv.default, (*leaves, *others))
     plain = (conv.y_gradient, *(each.detach() for each in operands), conv.mask)
-    arguments = (*plain, *conv.geometry, most_kept(passes), [True, True])
+    arguments = (*plain, *conv.geometry, most_kept(passes), is_masked, [True, True])
     torch.library.opcheck(ops.masked_conv_backward.default, arguments)
 
 
@@ -167,13 +187,14 @@ def test_a_mask_of_numbers_keeps_what_is_not_zero(passes: Pass) -> None:
         assert all(map(torch.equal, one, other))
 
 
+@pytest.mark.parametrize("is_masked", [True, False])
 @pytest.mark.parametrize("passes", COMBINATIONS, ids=str)
-def test_compilers_are_told_how_results_lie_in_memory(passes: Pass) -> None:
+def test_compilers_are_told_how_results_lie_in_memory(passes: Pass, is_masked: bool) -> None:
     conv, ops = small(torch.float32), torch.ops.spre_fx
     for of_x, of_weight in itertools.product(LAYOUTS, repeat=2):
         x, gradient = laid_out(conv.x, of_x), laid_out(conv.y_gradient, of_weight)
         operands = x, laid_out(conv.weight, of_weight), laid_out(conv.mask, of_x)
-        rest = (*conv.geometry, most_kept(passes))
+        rest = (*conv.geometry, most_kept(passes), is_masked)
         real = [
             ops.masked_conv(*operands, conv.bias, *rest),
             *ops.masked_conv_backward(gradient, *operands, *rest, [True, True]),
