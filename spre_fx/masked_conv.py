@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spre_fx import native_conv
-from spre_fx.masked_weight import masked_weight
+from spre_fx.masked_weight import Product, masked_weight
 from spre_fx.native_conv import Geometry, Kept
 from spre_fx.operators import operator, register_gradient
 
@@ -80,8 +80,8 @@ class SparseCompute:
             weight: `(C_out, C_in/groups, kH, kW)`.
 
         Returns:
-            A number for each `Pass`, negative for one that is always dense; None where that holds
-            of all of them with masks of this density.
+            A number for each `Pass`, negative for one that is always dense, as all of them are if
+            that is the faster way with masks of this density. None where there are no kernels.
         """
         if not native_conv.takes(x, weight):
             return None
@@ -102,7 +102,7 @@ class SparseCompute:
         found = [most(cost) for cost in _COSTS]
         if not self.kept_gradient:
             found[-1] = _NEVER
-        return found if max(found) >= self.density * weight.numel() else None
+        return found if max(found) >= self.density * weight.numel() else [_NEVER] * len(found)
 
 
 def masked_conv2d(
@@ -113,21 +113,23 @@ def masked_conv2d(
     *,
     geometry: Geometry,
     most_kept: list[int],
-    is_masked: bool = True,
+    product: Product | None = None,
 ) -> Tensor:
     """conv2d(x; B * W).
 
     Args:
         x: `(batch, C_in, H, W)`.
-        weight: B * W, `(C_out, C_in/groups, kH, kW)`; or W, which spares the product.
-        mask: B, bool or numbers, of the same shape.
+        weight: W if there is a `product`, else B * W; `(C_out, C_in/groups, kH, kW)`.
+        mask: B, of the same shape. Without a `product` numbers will do, and keep what is not 0.
         bias: `(C_out,)` or None.
         geometry: Stride, padding, dilation and groups.
         most_kept: For each `Pass`, up to how many weights the mask may keep for the pass to leave
             out the others. The weight gradient is then 0 where the mask is.
-        is_masked: Whether `weight` is B * W. If it is W, its gradient is always 0 where B is.
+        product: The gradient that W is given; B * W is then made where a pass needs it and never
+            stored. One with a decay wants the whole weight gradient: a limit below 0 for that pass.
     """
-    y: Tensor = _masked_conv(x, weight, mask, bias, *geometry, most_kept, is_masked)
+    how = (True, None) if product is None else (False, product.decay)
+    y: Tensor = _masked_conv(x, weight, mask, bias, *geometry, most_kept, *how)
     return y
 
 
@@ -141,7 +143,7 @@ def sparse_passes(kept: Kept, most_kept: list[int]) -> Pass:
 
 
 def _masked_conv_fake(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    _, _, *geometry, _, _ = others
+    _, _, *geometry, _, _, _ = others
     shape = native_conv.output_shape(x, weight, Geometry(*geometry))
     return x.new_empty(shape).to(memory_format=native_conv.memory_format(x))
 
@@ -158,9 +160,10 @@ def _masked_conv(  # noqa: PLR0917
     groups: int,
     most_kept: list[int],
     is_masked: bool,
+    decay: float | None,  # noqa: ARG001  # of the gradient
 ) -> Tensor:
     geometry = Geometry(stride, padding, dilation, groups)
-    kept = native_conv.kept_by(mask)
+    kept = _kept_by(mask, most_kept)
     if Pass.FORWARD in sparse_passes(kept, most_kept) and (bias is None or bias.dtype == x.dtype):
         return native_conv.forward(x, weight, kept, bias, geometry)
     weight = weight if is_masked else masked_weight(weight, mask)
@@ -191,10 +194,11 @@ def _masked_conv_backward(  # noqa: PLR0917
     groups: int,
     most_kept: list[int],
     is_masked: bool,
+    decay: float | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:
     geometry = Geometry(stride, padding, dilation, groups)
-    kept = native_conv.kept_by(mask)
+    kept = _kept_by(mask, most_kept)
     sparse = sparse_passes(kept, most_kept)
     of_x, of_weight = wanted
     x_gradient, weight_gradient = x.new_empty(0), x.new_empty(0)
@@ -208,8 +212,15 @@ def _masked_conv_backward(  # noqa: PLR0917
         dense = _dense_backward(gradient, x, masked, geometry, [of_x, of_weight])
         x_gradient = x_gradient if dense[0] is None else _like(dense[0], x)
         if dense[1] is not None:
-            weight_gradient = dense[1] if is_masked else masked_weight(dense[1], mask)
+            weight_gradient = _like(dense[1], weight)
+            if not is_masked:
+                weight_gradient = Product(decay).gradient(weight_gradient, weight, mask)
     return x_gradient, _like(weight_gradient, weight) if wanted[1] else weight_gradient
+
+
+def _kept_by(mask: Tensor, most_kept: list[int]) -> Kept:
+    """What a mask keeps, counted if that can make any pass a sparse one."""
+    return native_conv.kept_by(mask) if max(most_kept) >= 0 else Kept(mask, mask.numel())
 
 
 def _like(result: Tensor, operand: Tensor) -> Tensor:
@@ -248,18 +259,21 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     of_x, of_weight, _, of_bias = ctx.needs_input_grad[:4]
     wanted = [of_x, of_weight]
     if torch.is_grad_enabled():  # with create_graph=True autograd has to see what is computed
-        *geometry, most_kept, is_masked = ctx.others
-        masked = weight if is_masked else masked_weight(weight, mask)
-        found = _dense_backward(gradient, x, masked, Geometry(*geometry), wanted)
-        if found[1] is not None and (most_kept[-1] >= 0 or not is_masked):
-            found = found[0], found[1] * (mask != 0)
+        *geometry, most_kept, is_masked, decay = ctx.others
+        product = Product(decay)
+        masked = weight if is_masked else product.of(weight, mask)
+        found = of_x, of_masked = _dense_backward(gradient, x, masked, Geometry(*geometry), wanted)
+        if of_masked is not None and not is_masked:
+            found = of_x, product.gradient(of_masked, weight, mask)
+        elif of_masked is not None and most_kept[-1] >= 0:
+            found = of_x, of_masked * (mask != 0)
     else:
         found = _masked_conv_backward(gradient, x, weight, mask, *ctx.others, wanted)
     bias = gradient.sum((0, 2, 3)) if of_bias else None
     x_gradient, weight_gradient = (
         one if want else None for one, want in zip(found, wanted, strict=True)
     )
-    return x_gradient, weight_gradient, None, bias, *(None,) * 6
+    return x_gradient, weight_gradient, None, bias, *(None,) * 7
 
 
 register_gradient("masked_conv", _backward, _keep)

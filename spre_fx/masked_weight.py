@@ -6,13 +6,49 @@ takes several times as long as a pass over them of their own.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from spre_fx import native_masks
 from spre_fx.operators import operator, register_gradient, register_product
+
+
+class Product(NamedTuple):
+    """B * W with a gradient of W that a conv can make itself, and so without storing B * W.
+
+    Attributes:
+        decay: lambda of the gradient g + lambda * (1 - B) * W, where g = dL/d(B * W) is passed
+            straight through. None: the ordinary gradient, B * g.
+    """
+
+    decay: float | None = None
+
+    def of(self, weight: Tensor, mask: Tensor) -> Tensor:
+        """B * W.
+
+        Args:
+            weight: W, `(C_out, C_in/groups, *kernel)`.
+            mask: B, of the same shape. If it is of numbers they get a gradient where the product's
+                is the ordinary one.
+        """
+        if self.decay is None:
+            return masked_weight(weight, mask)
+        masked: Tensor = StraightThroughDecay.apply(weight, mask, self.decay)
+        return masked
+
+    def gradient(self, gradient: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+        """The gradient of W, made in the place of g unless autograd has to see how."""
+        if self.decay == 0:
+            return gradient
+        in_place = not torch.is_grad_enabled()
+        if self.decay is None:
+            found = native_masks.mask_weight(gradient, mask, in_place=True) if in_place else None
+            return gradient * mask if found is None else found
+        operands = (gradient, weight, mask, self.decay)
+        found = native_masks.decay_gradient(*operands, in_place=True) if in_place else None
+        return _decayed(*operands) if found is None else found
 
 
 def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
@@ -67,6 +103,8 @@ class StraightThroughDecay(torch.autograd.Function):
         """The gradient of W."""
         weight, mask, *scaled = ctx.saved_tensors
         (gradient,) = gradients
+        if ctx.decay == 0:
+            return gradient, None, None
         if weight.is_cpu and not scaled:
             return _decay_gradient(gradient, weight, mask, ctx.decay), None, None
         return _decayed(gradient, weight, mask, scaled[0] if scaled else ctx.decay), None, None

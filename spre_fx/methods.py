@@ -21,7 +21,7 @@ from torch.amp import GradScaler
 
 from spre_fx import masks
 from spre_fx.errors import OptionError
-from spre_fx.masked_weight import StraightThroughDecay, masked_weight
+from spre_fx.masked_weight import Product, StraightThroughDecay, masked_weight
 from spre_fx.patterns import Pattern
 from spre_fx.permutation import ChannelPermutation
 from spre_fx.scheduled_mask import ScheduledMask
@@ -95,6 +95,16 @@ class MaskMethod(ABC):
             mask: B, of the same shape.
         """
 
+    def product(self) -> Product | None:
+        """What `masked` computes, if a conv can do so itself and spare the memory of B * W."""
+        return None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """What a base class says of its `masked` is not said of one that overrides it."""
+        super().__init_subclass__(**kwargs)
+        if "masked" in vars(cls) and "product" not in vars(cls):
+            cls.product = MaskMethod.product  # type: ignore[method-assign]
+
 
 @dataclass(frozen=True)
 class SRSTE(MaskMethod):
@@ -143,6 +153,10 @@ class SRSTE(MaskMethod):
         decay = self._scaled_decay(weight.device)
         masked: Tensor = StraightThroughDecay.apply(weight, mask, decay)
         return masked
+
+    def product(self) -> Product | None:
+        """B * W with that gradient, unless a scaler's tensor is part of it."""
+        return Product(self.decay) if self.scaler is None else None
 
     def _scaled_decay(self, device: torch.device) -> float | Tensor:
         """The decay times the scale of the loss, read as a tensor: no waiting for the device.
@@ -209,3 +223,7 @@ class ASP(MaskMethod):
     def masked(self, weight: Tensor, mask: Tensor) -> Tensor:
         """B * W, with the ordinary gradient B * g."""
         return masked_weight(weight, mask)
+
+    def product(self) -> Product:
+        """The same."""
+        return Product()

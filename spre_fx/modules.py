@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from spre_fx import masks
 from spre_fx.errors import ModelError
 from spre_fx.masked_conv import SparseCompute, masked_conv2d
-from spre_fx.masked_weight import masked_weight
+from spre_fx.masked_weight import Product
 from spre_fx.methods import MaskMethod
 from spre_fx.operators import operator
 from spre_fx.patterns import Pattern
@@ -148,8 +148,11 @@ class NMLayer(nn.Module):
     def masked_weight(self, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """B * W with the gradient of the mask method, and B."""
         mask: Tensor = self.nm_mask(self.weight, update)
+        return self._masked(mask), mask
+
+    def _masked(self, mask: Tensor) -> Tensor:
         weight = self.method.masked(self.weight, mask)
-        return weight if self.dense_gradient is None else self.dense_gradient(weight), mask
+        return weight if self.dense_gradient is None else self.dense_gradient(weight)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -200,44 +203,46 @@ class _ConvForward:
     """
 
     sparse: SparseCompute | None = None
+    weight: Tensor
     bias: Tensor | None
 
     if TYPE_CHECKING:
 
         def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
-    def _masked_forward(
-        self, input: Tensor, weight: Tensor, mask: Tensor, *, is_masked: bool = True
-    ) -> Tensor:
+        def _masked(self, mask: Tensor) -> Tensor:
+            """B * W, with the gradient that W is given."""
+
+    def _masked_forward(self, input: Tensor, mask: Tensor, product: Product | None) -> Tensor:
         """conv(input; B * W).
 
         Args:
             input: Of the conv.
-            weight: B * W; or W, which is given no gradient where the mask is 0.
             mask: B.
-            is_masked: Whether `weight` is B * W.
+            product: B * W with its gradient, if that is one which the conv can make itself.
         """
         if self.sparse is not None:
-            most_kept = self.sparse.most_kept(input, weight)
+            most_kept = self.sparse.most_kept(input, self.weight)
             if most_kept is not None:
+                weight = self._masked(mask) if product is None else self.weight
                 return masked_conv2d(
                     *(input, weight, mask.detach(), self.bias),
                     geometry=self.sparse.geometry,
                     most_kept=most_kept,
-                    is_masked=is_masked,
+                    product=product,
                 )
-        weight = weight if is_masked else masked_weight(weight, mask)
-        return self._conv_forward(input, weight, self.bias)
+        return self._conv_forward(input, self._masked(mask), self.bias)
 
 
 class _NMConv(NMLayer, _ConvForward):
     def forward(self, input: Tensor, update: Tensor | None = None) -> Any:
         """`y`, or `(y, B, live taps)` where a SpRe branch takes the masks up."""
         update = self.signal(update)
-        weight, mask = self.masked_weight(update)
+        mask = self.nm_mask(self.weight, update)
         # Before the conv, while the weight that the mask was made of is in the cache.
         taps = None if self.live_taps is None else self.live_taps(self.weight, update)
-        y = self._masked_forward(input, weight, mask)
+        product = self.method.product() if self.dense_gradient is None else None
+        y = self._masked_forward(input, mask, product)
         return y if self.live_taps is None else (y, mask, taps)
 
     def extra_repr(self) -> str:
@@ -266,18 +271,6 @@ class NMLinear(NMLayer, nn.Linear):
         return nn.functional.linear(input, weight, self.bias)
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Forward W * B; backward passes the gradient on to all of W, and none to B."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG004
-        return weight * mask
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
-        return gradients[0], None
-
-
 class SpReConv(nn.Module, _ConvForward):
     """Mixin of the SpRe branch's conv: y = conv(x; B^S * W^S), the second term of Eq. 9.
 
@@ -291,16 +284,16 @@ class SpReConv(nn.Module, _ConvForward):
         """Without a mask (before the masks are wired) the branch is dense."""
         if mask is None:
             return self._conv_forward(input, self.weight, self.bias)
-        if not self.straight_through and mask.dtype == torch.bool:
-            return self._masked_forward(input, self.weight, mask, is_masked=False)
-        # Gradients for all weights, or for a mask of numbers such as LBC's, come of a product.
-        return self._masked_forward(input, self._masked(mask), mask)
+        # A mask of numbers such as LBC's is given a gradient too.
+        product = self._product if mask.dtype == torch.bool else None
+        return self._masked_forward(input, mask, product)
+
+    @property
+    def _product(self) -> Product:
+        return Product(decay=0.0 if self.straight_through else None)
 
     def _masked(self, mask: Tensor) -> Tensor:
-        if not self.straight_through:
-            return masked_weight(self.weight, mask)
-        masked: Tensor = _StraightThrough.apply(self.weight, mask)
-        return masked
+        return self._product.of(self.weight, mask)
 
 
 class SpReConv1d(SpReConv, nn.Conv1d):

@@ -37,12 +37,12 @@ def count_largest(weight: Tensor, kept: int) -> Tensor | None:
     return per_tap
 
 
-def mask_weight(weight: Tensor, mask: Tensor) -> Tensor | None:
-    """`weight * mask`."""
+def mask_weight(weight: Tensor, mask: Tensor, *, in_place: bool = False) -> Tensor | None:
+    """`weight * mask`, in the place of the weight if so asked."""
     engine = load()
     if engine is None or not _has_kernel(weight, mask):
         return None
-    y = torch.empty_like(weight)
+    y = weight if in_place else torch.empty_like(weight)
     engine.mask_weight(
         weight=weight.data_ptr(),
         mask=mask.data_ptr(),
@@ -54,14 +54,19 @@ def mask_weight(weight: Tensor, mask: Tensor) -> Tensor | None:
     return y
 
 
-def decay_gradient(gradient: Tensor, weight: Tensor, mask: Tensor, decay: float) -> Tensor | None:
-    """`gradient + decay * (1 - mask) * weight`, the very gradient where the mask is set."""
+def decay_gradient(
+    gradient: Tensor, weight: Tensor, mask: Tensor, decay: float, *, in_place: bool = False
+) -> Tensor | None:
+    """`gradient + decay * (1 - mask) * weight`, the very gradient where the mask is set.
+
+    In the place of the gradient if so asked.
+    """
     engine = load()
     if engine is None or not _has_kernel(weight, mask) or not _has_kernel(gradient, mask):
         return None
     if gradient.dtype != weight.dtype:
         return None
-    y = torch.empty_like(weight)
+    y = gradient if in_place else torch.empty_like(weight)
     engine.decay_gradient(
         gradient=gradient.data_ptr(),
         weight=weight.data_ptr(),

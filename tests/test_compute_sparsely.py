@@ -86,9 +86,9 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.spre_fx.masked_conv.default:
-            self.count["forward"] += Pass.FORWARD in sparse_passes(kept_by(args[2]), args[-2])
+            self.count["forward"] += Pass.FORWARD in sparse_passes(kept_by(args[2]), args[-3])
         if func is torch.ops.spre_fx.masked_conv_backward.default:
-            most_kept, _, (of_x, of_weight) = args[-3:]
+            most_kept, *_, (of_x, of_weight) = args[-4:]
             sparse = sparse_passes(kept_by(args[3]), most_kept)
             self.count["input"] += of_x and Pass.INPUT_GRADIENT in sparse
             self.count["weight"] += of_weight and Pass.WEIGHT_GRADIENT in sparse

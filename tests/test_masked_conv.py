@@ -17,10 +17,12 @@ from torch.nn import functional as F
 from spre_fx import engine
 from spre_fx.engine import library
 from spre_fx.masked_conv import Pass, SparseCompute, masked_conv2d, sparse_passes
+from spre_fx.masked_weight import Product
 from spre_fx.native_conv import Geometry, kept_by
 
 EVERY = Pass.FORWARD | Pass.INPUT_GRADIENT | Pass.WEIGHT_GRADIENT
 COMBINATIONS = [Pass(number) for number in range(int(EVERY) + 1)]
+PRODUCTS = [Product(), Product(decay=0.0), Product(decay=0.3)]
 LAST = torch.channels_last
 
 pytestmark = pytest.mark.skipif(engine.load() is None, reason="needs the engine")
@@ -47,13 +49,20 @@ def most_kept(passes: Pass) -> list[int]:
     return [10**9 if each in passes else -1 for each in Pass]
 
 
-def run(conv: MaskedConv, passes: Pass, *operands: Tensor | None, is_masked: bool = True) -> Tensor:
+def run(
+    conv: MaskedConv, passes: Pass, *operands: Tensor | None, product: Product | None = None
+) -> Tensor:
     x, weight, bias = operands
     assert x is not None
     assert weight is not None
     limits = most_kept(passes)
-    how = {"geometry": conv.geometry, "most_kept": limits, "is_masked": is_masked}
+    how = {"geometry": conv.geometry, "most_kept": limits, "product": product}
     return masked_conv2d(x, weight, conv.mask, bias, **how)
+
+
+def how(product: Product | None) -> tuple[bool, float | None]:
+    """A product, as operators are told of it."""
+    return product is None, product.decay if product else None
 
 
 def leaves(conv: MaskedConv, wanted: tuple[bool, ...] = (True,) * 3) -> list[Tensor]:
@@ -77,20 +86,34 @@ def test_output_and_gradients_are_those_of_torch(passes: Pass) -> None:
             assert_close(found.grad, leaf.grad)
 
 
+@pytest.mark.parametrize("product", PRODUCTS, ids=str)
 @pytest.mark.parametrize("passes", COMBINATIONS, ids=str)
-def test_of_weights_that_are_not_masked_the_kept_ones_count(passes: Pass) -> None:
-    for seed in range(6):
+def test_it_makes_the_product_and_its_gradient_itself(passes: Pass, product: Product) -> None:
+    if product.decay is not None:
+        passes &= ~Pass.WEIGHT_GRADIENT
+    for seed, create_graph in itertools.product(range(6), (False, True)):
         conv = draw(seed)
         conv.weight = torch.where(conv.mask, conv.weight, torch.randn_like(conv.weight))
         ours, theirs = leaves(conv), leaves(conv)
-        y = run(conv, passes, *ours, is_masked=False)
+        y = run(conv, passes, *ours, product=product)
         x, weight, bias = theirs
-        expected = F.conv2d(x, weight * conv.mask, bias, *conv.geometry)
+        expected = F.conv2d(x, product.of(weight, conv.mask), bias, *conv.geometry)
         assert_close(y.detach(), expected.detach())
-        y.backward(conv.y_gradient)
-        expected.backward(conv.y_gradient)
-        for found, leaf in zip(ours, theirs, strict=True):
-            assert_close(found.grad, leaf.grad)
+        found = torch.autograd.grad(y, ours, conv.y_gradient, create_graph=create_graph)
+        for one, other in zip(
+            found, torch.autograd.grad(expected, theirs, conv.y_gradient), strict=True
+        ):
+            assert_close(one.detach(), other)
+
+
+def test_the_product_is_not_stored() -> None:
+    conv = small()
+    x, weight, bias = leaves(conv)
+    stored: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (stored.append(t), t)[1], lambda t: t):
+        run(conv, Pass(0), x, weight, bias, product=Product(decay=0.1))
+    numbers = [each for each in stored if each.dtype.is_floating_point]
+    assert {each.data_ptr() for each in numbers} <= {x.data_ptr(), weight.data_ptr()}
 
 
 @pytest.mark.parametrize("passes", [EVERY, Pass(0)], ids=str)
@@ -143,32 +166,32 @@ def test_gradients_of_gradients_are_those_of_torch(passes: Pass) -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("is_masked", [True, False])
+@pytest.mark.parametrize("product", [None, Product()], ids=str)
 @pytest.mark.parametrize("passes", [EVERY, Pass.INPUT_GRADIENT], ids=str)
-def test_gradients_are_derivatives(passes: Pass, is_masked: bool) -> None:
+def test_gradients_are_derivatives(passes: Pass, product: Product | None) -> None:
     conv = small()
     operands = leaves(conv)
 
     def masked(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        weight = weight * conv.mask if is_masked else weight
-        return run(conv, passes, x, weight, bias, is_masked=is_masked)
+        weight = weight * conv.mask if product is None else weight
+        return run(conv, passes, x, weight, bias, product=product)
 
     assert torch.autograd.gradcheck(masked, operands, fast_mode=True)
     assert torch.autograd.gradgradcheck(masked, operands, fast_mode=True)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck
-@pytest.mark.parametrize("is_masked", [True, False])
+@pytest.mark.parametrize("product", [None, *PRODUCTS], ids=str)
 @pytest.mark.parametrize("passes", [EVERY, Pass(0)], ids=str)
-def test_operators_keep_the_rules_of_torch_library(passes: Pass, is_masked: bool) -> None:
+def test_operators_keep_the_rules_of_torch_library(passes: Pass, product: Product | None) -> None:
     conv = small(torch.float32)
     operands = (conv.x.to(memory_format=LAST), conv.weight)
-    others = (conv.mask, conv.bias, *conv.geometry, most_kept(passes), is_masked)
+    others = (conv.mask, conv.bias, *conv.geometry, most_kept(passes), *how(product))
     ops = torch.ops.spre_fx
     leaves = (each.requires_grad_() for each in operands)
     torch.library.opcheck(ops.masked_conv.default, (*leaves, *others))
     plain = (conv.y_gradient, *(each.detach() for each in operands), conv.mask)
-    arguments = (*plain, *conv.geometry, most_kept(passes), is_masked, [True, True])
+    arguments = (*plain, *conv.geometry, most_kept(passes), *how(product), [True, True])
     torch.library.opcheck(ops.masked_conv_backward.default, arguments)
 
 
@@ -187,14 +210,16 @@ def test_a_mask_of_numbers_keeps_what_is_not_zero(passes: Pass) -> None:
         assert all(map(torch.equal, one, other))
 
 
-@pytest.mark.parametrize("is_masked", [True, False])
+@pytest.mark.parametrize("product", [None, *PRODUCTS], ids=str)
 @pytest.mark.parametrize("passes", COMBINATIONS, ids=str)
-def test_compilers_are_told_how_results_lie_in_memory(passes: Pass, is_masked: bool) -> None:
+def test_compilers_are_told_how_results_lie_in_memory(
+    passes: Pass, product: Product | None
+) -> None:
     conv, ops = small(torch.float32), torch.ops.spre_fx
     for of_x, of_weight in itertools.product(LAYOUTS, repeat=2):
         x, gradient = laid_out(conv.x, of_x), laid_out(conv.y_gradient, of_weight)
         operands = x, laid_out(conv.weight, of_weight), laid_out(conv.mask, of_x)
-        rest = (*conv.geometry, most_kept(passes), is_masked)
+        rest = (*conv.geometry, most_kept(passes), *how(product))
         real = [
             ops.masked_conv(*operands, conv.bias, *rest),
             *ops.masked_conv_backward(gradient, *operands, *rest, [True, True]),

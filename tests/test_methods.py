@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.autograd.gradcheck import GradcheckError
 
 from spre_fx.errors import OptionError
+from spre_fx.masked_weight import Product
 from spre_fx.methods import ASP, SRSTE, MaskMethod
 from spre_fx.modules import make_nm
 from spre_fx.patterns import Pattern
@@ -177,3 +179,30 @@ def test_a_method_of_ones_own_decides_mask_and_gradient_of_a_layer() -> None:
     torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-12, atol=0)
     assert FirstChannels.spre_gamma == 0.5
     assert FirstChannels.schedule == EveryStep()
+
+
+@pytest.mark.parametrize("method", [*METHODS, SRSTE(scaler=GradScaler("cpu"))], ids=repr)
+def test_a_product_is_what_masked_computes(method: MaskMethod) -> None:
+    weight, mask = draw((6, 8, 3, 3))
+    upstream, product = torch.randn_like(weight), method.product()
+    if product is None:  # the decay is a tensor
+        assert method == SRSTE()
+        return
+    assert torch.equal(product.of(weight, mask), method.masked(weight, mask))
+    expected = gradient(method, weight, mask, upstream)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            found = product.gradient(upstream.clone(), weight.detach(), mask)
+        torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+
+
+def test_a_method_that_masks_otherwise_has_not_its_base_classes_product() -> None:
+    class Twice(SRSTE):
+        def masked(self, weight: Tensor, mask: Tensor) -> Tensor:
+            return 2 * super().masked(weight, mask)
+
+    class Renamed(SRSTE):
+        pass
+
+    assert Twice().product() is None
+    assert Renamed(0.5).product() == SRSTE(0.5).product() == Product(0.5)

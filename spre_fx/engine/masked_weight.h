@@ -8,9 +8,9 @@
 
 namespace spre {
 
+// `y` may be the weight itself.
 template <class Number>
-void mask_weight(const Number* __restrict weight, const uint8_t* __restrict mask,
-                 Number* __restrict y, int64_t count) {
+void mask_weight(const Number* weight, const uint8_t* __restrict mask, Number* y, int64_t count) {
   for (int64_t i = 0; i < count; ++i) y[i] = weight[i] * static_cast<Number>(mask[i]);
 }
 
@@ -28,11 +28,11 @@ void product_gradients(const Number* __restrict gradient, const Number* __restri
 }
 
 // Adds -0, which changes no number, where the mask is 1. Choosing by bits what is added keeps the
-// compiler from rounding product and sum as one, which would not be what torch computes.
+// compiler from rounding product and sum as one, which would not be what torch computes. `y` may be
+// the gradient itself.
 template <class Number>
-void decay_gradient(const Number* __restrict gradient, const Number* __restrict weight,
-                    const uint8_t* __restrict mask, Number* __restrict y, int64_t count,
-                    Number decay) {
+void decay_gradient(const Number* gradient, const Number* __restrict weight,
+                    const uint8_t* __restrict mask, Number* y, int64_t count, Number decay) {
   using Bits = std::conditional_t<sizeof(Number) == sizeof(uint32_t), uint32_t, uint64_t>;
   constexpr Bits kSign = ~(~Bits{0} >> 1);
   for (int64_t i = 0; i < count; ++i) {

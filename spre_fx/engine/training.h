@@ -54,12 +54,12 @@ int64_t spre_count_scratch(const spre::Weight* weight, int64_t threads);
 void spre_count_largest(const spre::Weight* weight, int64_t kept, int64_t* per_tap, void* scratch,
                         int64_t threads, const spre::OpenMP* openmp);
 
-// y = weight * mask, of `count` numbers of 4 or 8 bytes.
+// y = weight * mask, of `count` numbers of 4 or 8 bytes; y may be the weight.
 void spre_mask_weight(const void* weight, const uint8_t* mask, void* y, int64_t bytes,
                       int64_t count, int64_t threads, const spre::OpenMP* openmp);
 
 // y = gradient + decay * (1 - mask) * weight, where the mask is 1 the very gradient; each product
-// and sum is rounded.
+// and sum is rounded; y may be the gradient.
 void spre_decay_gradient(const void* gradient, const void* weight, const uint8_t* mask, void* y,
                          int64_t bytes, int64_t count, double decay, int64_t threads,
                          const spre::OpenMP* openmp);
