@@ -99,12 +99,17 @@ class Pixels:
 
 @dataclass
 class Case:
-    """A step, what it reads and writes, and what it should write, in float64."""
+    """A step, what it reads and writes, and what it should write, in float64.
+
+    Attributes:
+        size: The largest of the sums that the activation has yet to bound.
+    """
 
     step: Step
     x: Pixels
     y: Pixels
     expected: Tensor
+    size: float
     residual: Pixels | None = None
     weight: Fenced | None = None
     bias: Fenced | None = None
@@ -129,7 +134,7 @@ class Case:
             assert memory is self.y.memory or torch.equal(memory.bytes, before)
         assert scratch.intact()
         assert torch.equal(self.y.others(), others), "written beside the pixels of y"
-        close(self.y.read(), self.expected)
+        close(self.y.read(), self.expected, self.size)
 
     def addresses(self) -> list[int]:
         residual = self.y if self.residual is None else self.residual
@@ -137,10 +142,14 @@ class Case:
         return [0 if memory is None else memory.address for memory in operands]
 
 
-def close(found: Tensor, expected: Tensor) -> None:
-    """Compare with a result in float64, up to what the element type can tell apart."""
-    finite = expected[expected.isfinite()]
-    size = float(finite.abs().max()) if finite.numel() else 0.0
+def largest(numbers: Tensor) -> float:
+    """The largest finite magnitude."""
+    finite = numbers[numbers.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def close(found: Tensor, expected: Tensor, size: float) -> None:
+    """Compare with a result in float64, up to what the element type can tell apart of its sums."""
     rounding = 2**-8 if found.dtype == torch.bfloat16 else 0.0
     torch.testing.assert_close(
         found.double(), expected, rtol=rounding, atol=1e-5 * max(size, 1e-3), equal_nan=True
@@ -245,7 +254,7 @@ def case(
         **{"groups": 1, **fields},
     )
     operands = (None if operand is None else fenced(operand) for operand in (weight, bias))
-    return Case(step, x, y, expected, residual, *operands)
+    return Case(step, x, y, expected, max(map(largest, (sums, expected))), residual, *operands)
 
 
 def image(draw: Draw, w: dict[str, int], channels: int) -> Pixels:
