@@ -118,16 +118,20 @@ class _Builder:
         assert place is not None
         step = operation.step
 
-        def located(node: Node) -> tuple[int, int, int]:
+        def located(node: Node) -> tuple[int, int, int, bool]:
             found = feeds[node] if node in feeds else self.location(node)
-            return found.buffer, found.offset, found.stride
+            in_planes = node not in feeds and self.placement.places[node].root.planes
+            return found.buffer, found.offset, found.stride, in_planes
 
-        step.x, step.x_offset, step.x_stride = located(operation.x)
-        step.y, step.y_offset, step.y_stride = place.root.buffer, place.offset, place.root.stride
+        root = place.root
+        step.x, step.x_offset, step.x_stride, step.x_planes = located(operation.x)
+        step.y, step.y_offset, step.y_stride = root.buffer, place.offset, root.stride
+        step.y_planes = root.planes
         step.residual = step.weight = step.bias = -1
         if operation.residual is not None:
             residual = located(operation.residual)
-            step.residual, step.residual_offset, step.residual_stride = residual
+            step.residual, step.residual_offset, step.residual_stride = residual[:3]
+            step.residual_planes = residual[3]
         if operation.weight is not None:
             step.weight = self._constant(operation.weight)
         if operation.bias is not None:
@@ -188,6 +192,7 @@ def _plan(placement: Placement, values: Values, calls: int) -> Plan:
             continue
         size = prod(shape or ()) * place.root.dtype.itemsize
         kind, where = _kind(item.operation.step), "output" if place.root.leaves else "arena"
+        where += ", planes" if place.root.planes else ""
         rows.append(PlanRow(item.node.name, kind, shape, size, where, place.offset))
         sizes[item.node] = 0 if place.root.leaves else size
     return Plan(tuple(rows), placement.arena, sum(sizes.values()), calls)

@@ -8,6 +8,7 @@ all others share one arena, in which those that are alive at one time do not ove
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,18 +19,20 @@ from spre_fx.liveness import Lifetime, assign_offsets
 from spre_fx.passes.activations import in_place
 from spre_fx.passes.divide_work import Alias, Concatenation, Work
 from spre_fx.passes.graph_view import GraphView
-from spre_fx.passes.native_steps import Operation, Values, copy_step
+from spre_fx.passes.native_steps import Operation, Value, Values, copy_step
+from spre_fx.passes.values_in_planes import plane_stride, values_in_planes
 from spre_fx.planned import ARENA
 
 
 @dataclass(eq=False)
 class Root:
-    """Memory for the pixels of one value, or of several that lie in it.
+    """Memory for the pixels of one value, or of several that lie in it; or for its planes.
 
     Attributes:
-        pixels: How many.
-        stride: Elements of a pixel.
+        count: How many pixels, or planes.
+        stride: Elements from one to the next.
         dtype: Their type.
+        planes: Whether they are planes.
         first: The first item that writes it; -1 where none does.
         last: The last item that reads or writes it.
         leaves: Whether it leaves the graph.
@@ -37,9 +40,10 @@ class Root:
         offset: Bytes from the start of the buffer.
     """
 
-    pixels: int
+    count: int
     stride: int
     dtype: torch.dtype
+    planes: bool = False
     first: int = -1
     last: int = -1
     leaves: bool = False
@@ -49,12 +53,12 @@ class Root:
     @property
     def size(self) -> int:
         """Bytes."""
-        return self.pixels * self.stride * self.dtype.itemsize
+        return self.count * self.stride * self.dtype.itemsize
 
     def fits(self, other: Root) -> bool:
         """Whether what lies in another root can lie in this one, pixel by pixel."""
-        ours, theirs = (self.pixels, self.stride), (other.pixels, other.stride)
-        return ours == theirs and self.dtype == other.dtype
+        ours, theirs = ((r.count, r.stride, r.dtype, r.planes) for r in (self, other))
+        return ours == theirs
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +121,9 @@ def place_values(view: GraphView, values: Values, work: Sequence[Work]) -> Place
         work: What becomes of each node, in order.
     """
     leaving = view.graph_module.graph.output_node().all_input_nodes
-    sharing = _Sharing(values, _made_by_steps(work), _pinned(view, work, leaving))
+    pinned = _pinned(view, work, leaving)
+    in_planes = values_in_planes(values, work, pinned)
+    sharing = _Sharing(values, _made_by_steps(work), pinned, in_planes)
     for each in reversed(work):  # readers decide
         sharing.place(each)
     places = sharing.places
@@ -157,6 +163,7 @@ class _Sharing:
         values: The values of one run.
         made: Nodes that could be written to any place.
         pinned: Those that lie in a root of their own nevertheless.
+        in_planes: Those that lie in planes.
         places: What was found.
         copies: Operands of concatenations that have to be copied, and where to.
     """
@@ -164,6 +171,7 @@ class _Sharing:
     values: Values
     made: set[Node]
     pinned: set[Node]
+    in_planes: AbstractSet[Node]
     places: dict[Node, Place] = field(default_factory=dict)
     copies: dict[Concatenation, list[tuple[Node, Place]]] = field(default_factory=dict)
 
@@ -180,8 +188,7 @@ class _Sharing:
 
     def _place_of(self, node: Node) -> Place:
         if node not in self.places:
-            value = self.values[node]
-            self.places[node] = Place(Root(value.pixels, value.channels, value.dtype))
+            self.places[node] = Place(_root(self.values[node], in_planes=node in self.in_planes))
         return self.places[node]
 
     def _place_concatenation(self, work: Concatenation) -> None:
@@ -209,6 +216,13 @@ class _Sharing:
                 return False
             channel += self.values[operand].channels
         return True
+
+
+def _root(value: Value, *, in_planes: bool) -> Root:
+    if not in_planes:
+        return Root(value.pixels, value.channels, value.dtype)
+    images, channels, height, width = value.shape
+    return Root(images * channels, plane_stride(height * width), value.dtype, planes=True)
 
 
 # What runs, and how long roots are alive
@@ -274,7 +288,8 @@ def _own_root(node: Node | None, places: dict[Node, Place], values: Values) -> R
     place = None if node is None else places.get(node)
     if node is None or place is None or place.root.leaves:
         return None
-    return place.root if place.root.stride == values[node].channels else None
+    alone = place.root.planes or place.root.stride == values[node].channels
+    return place.root if alone else None
 
 
 def _move(gone: Root, root: Root, places: dict[Node, Place]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spre_fx import weight_layout
-from spre_fx.engine import Activation, Engine, Kind, Step, Type, library, program
+from spre_fx.engine import PLANE_SLACK, Activation, Engine, Kind, Step, Type, library, program
 
 PAGE = mmap.PAGESIZE
 UNTOUCHED = 0x5A  # what every byte is that no step may write
@@ -66,18 +66,20 @@ def fenced(tensor: Tensor) -> Fenced:
 class Pixels:
     """A channels-last tensor whose pixels lie `stride` elements apart, behind `offset` of them.
 
-    What lies between and before the pixels is NaN, so that reading it shows.
+    Or one in planes that far apart. What lies between and before is NaN, so that reading it shows.
     """
 
     values: Tensor  # (N, C, H, W)
     stride: int
     offset: int
+    planes: bool = False
     memory: Fenced = field(init=False)
 
     def __post_init__(self) -> None:
         n, c, h, w = self.values.shape
         pixels = n * h * w
-        size = self.offset + (pixels - 1) * self.stride + c
+        used = n * c * self.stride if self.planes else (pixels - 1) * self.stride + c
+        size = self.offset + used
         elements = torch.full((size,), float("nan"), dtype=self.values.dtype)
         self.place(elements).copy_(self.values)
         self.memory = fenced(elements)
@@ -85,26 +87,37 @@ class Pixels:
     def place(self, elements: Tensor) -> Tensor:
         n, c, h, w = self.values.shape
         strides = (h * w * self.stride, 1, w * self.stride, self.stride)
+        if self.planes:
+            strides = (c * self.stride, self.stride, w, 1)
         return elements[self.offset :].as_strided((n, c, h, w), strides)
 
     def read(self) -> Tensor:
         return self.place(self.memory.bytes.view(self.values.dtype)).clone()
 
     def others(self) -> Tensor:
-        """The bytes that belong to no pixel."""
+        """The bytes that belong to no pixel, nor are anyone's."""
         elements = self.memory.bytes.clone().view(self.values.dtype)
         self.place(elements).zero_()
+        if self.planes:
+            n, c, h, w = self.values.shape
+            behind = elements[self.offset + h * w :]
+            behind.as_strided((n * c, PLANE_SLACK), (self.stride, 1)).zero_()
         return elements.view(torch.uint8)
 
 
 @dataclass
 class Case:
-    """A step, what it reads and writes, and what it should write, in float64."""
+    """A step, what it reads and writes, and what it should write, in float64.
+
+    Attributes:
+        size: The largest of the sums that the activation has yet to bound.
+    """
 
     step: Step
     x: Pixels
     y: Pixels
     expected: Tensor
+    size: float
     residual: Pixels | None = None
     weight: Fenced | None = None
     bias: Fenced | None = None
@@ -129,7 +142,7 @@ class Case:
             assert memory is self.y.memory or torch.equal(memory.bytes, before)
         assert scratch.intact()
         assert torch.equal(self.y.others(), others), "written beside the pixels of y"
-        close(self.y.read(), self.expected)
+        close(self.y.read(), self.expected, self.size)
 
     def addresses(self) -> list[int]:
         residual = self.y if self.residual is None else self.residual
@@ -137,10 +150,14 @@ class Case:
         return [0 if memory is None else memory.address for memory in operands]
 
 
-def close(found: Tensor, expected: Tensor) -> None:
-    """Compare with a result in float64, up to what the element type can tell apart."""
-    finite = expected[expected.isfinite()]
-    size = float(finite.abs().max()) if finite.numel() else 0.0
+def largest(numbers: Tensor) -> float:
+    """The largest finite magnitude."""
+    finite = numbers[numbers.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def close(found: Tensor, expected: Tensor, size: float) -> None:
+    """Compare with a result in float64, up to what the element type can tell apart of its sums."""
     rounding = 2**-8 if found.dtype == torch.bfloat16 else 0.0
     torch.testing.assert_close(
         found.double(), expected, rtol=rounding, atol=1e-5 * max(size, 1e-3), equal_nan=True
@@ -165,13 +182,14 @@ class Draw:
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(self.dtype)
 
-    def pixels(self, *shape: int) -> Pixels:
+    def pixels(self, *shape: int, planes: bool = False) -> Pixels:
         """A tensor of (N, C, H, W), with infinities and NaN where these are asked for."""
         values = self.normal(*shape)
         if not self.finite:
             for value in (float("inf"), float("-inf"), float("nan")):
                 values.view(-1)[self.random.randrange(values.numel())] = value
-        return Pixels(values, shape[1] + self.one_of(0, 0, 1, 5, 16), self.one_of(0, 0, 3, 16))
+        least = shape[2] * shape[3] + PLANE_SLACK if planes else shape[1]
+        return Pixels(values, least + self.one_of(0, 0, 1, 5, 16), self.one_of(0, 0, 3, 16), planes)
 
     def window(self, most: int = 3) -> dict[str, int]:
         """Kernel, stride, padding, dilation; sizes of an image that has room for the kernel."""
@@ -197,14 +215,16 @@ class Draw:
             if all(2 * w[f"padding_{axis}"] <= w[f"kernel_{axis}"] for axis in "hw"):
                 return w
 
-    def epilogue(self, sums: Tensor) -> tuple[Tensor, Pixels | None, Pixels]:
+    def epilogue(self, sums: Tensor, *, planes: bool) -> tuple[Tensor, Pixels | None, Pixels]:
         """An activation of sums in float64 and a residual: what is expected, where it goes."""
         activation = self.one_of(*ACTIVATIONS)
         self.activation = Activation(activation)
-        y = self.pixels(*sums.shape)
+        plain = activation in (Activation.IDENTITY, Activation.RELU, Activation.RELU6)
+        y = self.pixels(*sums.shape, planes=planes and plain and self.chance())
         residual = None
         if self.chance():
-            residual = y if self.chance() else self.pixels(*sums.shape)
+            other = y.planes or (planes and self.chance())
+            residual = y if self.chance() else self.pixels(*sums.shape, planes=other)
             sums = sums + residual.values.double()
         return ACTIVATIONS[self.activation](sums), residual, y
 
@@ -218,11 +238,12 @@ def case(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     epilogue: bool = True,
+    planes: bool = False,
     **fields: int,
 ) -> Case:
     """Put a case together: operands 0 to 4 are x, y, residual, weight and bias."""
     if epilogue:
-        expected, residual, y = draw.epilogue(sums)
+        expected, residual, y = draw.epilogue(sums, planes=planes)
     else:
         draw.activation = Activation.IDENTITY
         expected, residual, y = sums, None, draw.pixels(*sums.shape)
@@ -237,6 +258,8 @@ def case(
         residual=-1 if residual is None else 2,
         residual_offset=0 if residual is None else residual.offset * size,
         residual_stride=0 if residual is None else residual.stride,
+        **{"x_planes": x.planes, "y_planes": y.planes},
+        residual_planes=residual is not None and residual.planes,
         weight=-1 if weight is None else 3,
         bias=-1 if bias is None else 4,
         channels=x.values.shape[1],
@@ -245,11 +268,11 @@ def case(
         **{"groups": 1, **fields},
     )
     operands = (None if operand is None else fenced(operand) for operand in (weight, bias))
-    return Case(step, x, y, expected, residual, *operands)
+    return Case(step, x, y, expected, max(map(largest, (sums, expected))), residual, *operands)
 
 
-def image(draw: Draw, w: dict[str, int], channels: int) -> Pixels:
-    return draw.pixels(w["batch"], channels, w["height"], w["width"])
+def image(draw: Draw, w: dict[str, int], channels: int, *, planes: bool = False) -> Pixels:
+    return draw.pixels(w["batch"], channels, w["height"], w["width"], planes=planes)
 
 
 def sizes(w: dict[str, int], *names: str) -> dict[str, tuple[int, int]]:
@@ -306,14 +329,15 @@ def sparse_conv(draw: Draw, *, planar: bool = False) -> Case:
         taps = w["kernel_h"] * w["kernel_w"]
         one = taps == 1 and not (w["padding_h"] or w["padding_w"])
         fields["direct"] = int(not planar and one and inputs % channel_group == 0 and draw.chance())
-    x = image(draw, w, inputs * groups)
+    x = image(draw, w, inputs * groups, planes=planar and draw.chance())
     bias, padded = a_bias(draw, outputs * groups, groups)
     sums = F.conv2d(
         *(x.values.double(), weight.double(), bias),
         **sizes(w, "stride", "padding", "dilation"),
         groups=groups,
     )
-    return case(draw, Kind.SPARSE_CONV, x, sums, weight=packed, bias=padded, **w, **fields)
+    operands = {"weight": packed, "bias": padded, "planes": planar}
+    return case(draw, Kind.SPARSE_CONV, x, sums, **operands, **w, **fields)
 
 
 def dense_conv(draw: Draw) -> Case:

@@ -170,6 +170,13 @@ def test_activations_at_the_ends_of_their_range(each_engine, activation, x):
         (Kind.SPARSE_CONV, {"channel_group": 16, "slots": 6, "parts": 4}),
         (Kind.SPARSE_CONV, {"channel_group": 32, "slots": 4, "parts": 2}),
         (Kind.SPARSE_CONV, {"channel_group": 16, "slots": 4, "parts": 2, "planar": 1}),
+        (Kind.SPARSE_CONV, {"channel_group": 16, "x_planes": 1}),
+        (Kind.DENSE_CONV, {"y_planes": 1}),
+        (
+            Kind.SPARSE_CONV,
+            {"channel_group": 16, "planar": 1, "y_planes": 1, "activation": Activation.SILU},
+        ),
+        (Kind.SPARSE_CONV, {"channel_group": 16, "planar": 1, "y_planes": 1, "residual": 1}),
         (Kind.SPARSE_CONV, {"channel_group": 16, "tile_pixels": 1, "direct": 1, "padding_h": 1}),
         (Kind.SPARSE_CONV, {"channel_group": 32, "tile_pixels": 1, "direct": 1}),
         (Kind.SPARSE_CONV, {"channel_group": 16, "type": Type.BFLOAT16}),

@@ -121,14 +121,15 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 over_models = pytest.mark.parametrize(("build", "shape"), MODELS.values(), ids=MODELS)
 
 
-def graph_of(model: nn.Module, winograd: int = 0) -> GraphModule:
+def graph_of(model: nn.Module, winograd: int = 0, *, planar: bool = False) -> GraphModule:
     """The fused graph of a model, with convs and linears of 8 inputs and more packed."""
     torch.manual_seed(0)
     graph_module = trace(randomise(model).eval())
     for name, layer in list(graph_module.named_modules()):
         if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.in_channels >= 8:
             side = winograd if winograd_refusal(layer) is None else 0
-            replace_module(graph_module, name, PackedConv2d.from_dense(layer, winograd=side))
+            packed = PackedConv2d.from_dense(layer, winograd=side, planar=planar)
+            replace_module(graph_module, name, packed)
         elif isinstance(layer, nn.Linear):
             replace_module(graph_module, name, PackedLinear.from_dense(layer))
     return FuseEpilogues()(graph_module.requires_grad_(False)).graph_module

@@ -8,10 +8,11 @@ can run, and `why_not` says why there is none.
 from __future__ import annotations
 
 from spre_fx.engine.library import Engine, load, why_not
-from spre_fx.engine.program import Activation, Kind, Program, Step, Type, program
+from spre_fx.engine.program import PLANE_SLACK, Activation, Kind, Program, Step, Type, program
 from spre_fx.engine.training import MaskedConv, Weight
 
 __all__ = [
+    "PLANE_SLACK",
     "Activation",
     "Engine",
     "Kind",

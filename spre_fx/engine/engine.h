@@ -1,8 +1,9 @@
 // The C interface of the inference engine. Python fills in steps and runs them in one call.
 //
 // A program is an array of steps over buffers. All activations are channels-last: a pixel is
-// `channels` consecutive elements, and the next pixel lies `*_stride` elements further on. No
-// function keeps state: two threads may run the same program over different buffers at once.
+// `channels` consecutive elements, and the next pixel lies `*_stride` elements further on. Those
+// between planar convs may lie in planes instead. No function keeps state: two threads may run the
+// same program over different buffers at once.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +30,8 @@ enum Activation : int64_t {
 };
 
 enum Type : int64_t { kFloat32 = 0, kBFloat16 = 1 };
+
+inline constexpr int64_t kPlaneSlack = 16;  // elements behind a plane, which are anyone's
 
 // One operation. An operand is the number of a buffer (-1: none) and an offset into it in bytes.
 //
@@ -71,6 +74,11 @@ struct Step {
   int64_t activation;
   int64_t count_inside;
   int64_t slots, channel_group, parts, planar;
+  // 1, which only a planar conv takes: the operand lies in planes. Image by image and channel by
+  // channel, the pixels of a plane side by side; planes lie `*_stride` elements apart, which is at
+  // least kPlaneSlack more than they have. Where y does, the residual must, and the activation is
+  // none or one of the first two.
+  int64_t x_planes, y_planes, residual_planes;
   int64_t winograd;
   // How the work is cut, for experiments and tests. 0 in tile_pixels (of kDenseConv in tile_rows,
   // which is all that it looks at): the engine's own rule chooses all of these.

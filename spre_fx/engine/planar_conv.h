@@ -1,7 +1,8 @@
 // N:M sparse convolution with neighbouring pixels side by side in registers. The input is turned
 // into planes, so that a non-zero, wherever it stands, is one number times registers of pixels: no
 // permutes, and each register of a plane is read by a multiply-add. Sums are turned back on their
-// way to memory.
+// way to memory. Between two planar convs neither is needed: what one leaves in planes, the other
+// reads there.
 #pragma once
 
 #include <algorithm>
@@ -10,113 +11,31 @@
 
 #include "epilogue.h"
 #include "image_lanes.h"
+#include "input_planes.h"
 #include "team.h"
 #include "tiling.h"
 
 namespace spre {
 
-// Where rows and columns of the input under a tile of outputs lie in the planes of a channel. With
-// strides, rows and columns are sorted by their remainders, a plane for each pair of those, so that
-// neighbouring outputs read neighbours for every tap. Positions of a plane count on from row to
-// row: outputs are computed at all of them, those between rows for nothing.
-class Planes {
- public:
-  Planes(const Step& step, bool flat) : s_(step), flat_(flat) {
-    reach_h_ = (s_.kernel_h - 1) * s_.dilation_h;
-    reach_w_ = (s_.kernel_w - 1) * s_.dilation_w;
-    phases_h_ = std::min(s_.stride_h, reach_h_ + 1);
-    phases_w_ = std::min(s_.stride_w, reach_w_ + 1);
-  }
-
-  // For tiles of at most so many rows of outputs, or pixels of a flat conv.
-  void set_size(int64_t size) {
-    columns_ = flat_ ? size : s_.out_width + reach_w_ / s_.stride_w;
-    rows_ = flat_ ? 1 : size + reach_h_ / s_.stride_h;
-    plane_ = rows_ * columns_;
-    // Registers read over the end of a plane. An odd number of cache lines: channels do not share
-    // sets of a cache.
-    const int64_t line = kCacheLine / static_cast<int64_t>(sizeof(float));
-    channel_ = (ceil_div(phases_h_ * phases_w_ * plane_ + kSlack, line) | 1) * line;
-    taps_.clear();
-    for (int64_t u = 0; u < s_.kernel_h; ++u)
-      for (int64_t v = 0; v < s_.kernel_w; ++v) {
-        const int64_t y = u * s_.dilation_h, x = v * s_.dilation_w;
-        const int64_t plane = y % s_.stride_h * phases_w_ + x % s_.stride_w;
-        taps_.push_back(plane * plane_ + y / s_.stride_h * columns_ + x / s_.stride_w);
-      }
-  }
-
-  int64_t columns() const { return columns_; }
-  int64_t channel() const { return channel_; }
-  int64_t bytes() const { return s_.channels * channel_ * static_cast<int64_t>(sizeof(float)); }
-  const std::vector<int64_t>& taps() const { return taps_; }
-  // How much of a channel the outputs at so many positions read, about.
-  int64_t window(int64_t positions) const {
-    return phases_h_ * phases_w_ * (positions + reach_h_ / s_.stride_h * columns_);
-  }
-
-  // Fills the planes for `count` rows of outputs of the image at `x`, from row `row` on.
-  void fill_rows(const float* x, int64_t row, int64_t count, float* to) const {
-    for (int64_t a = 0; a < phases_h_; ++a)
-      for (int64_t b = 0; b < phases_w_; ++b)
-        for (int64_t i = 0; i < count + reach_h_ / s_.stride_h; ++i) {
-          const int64_t from = (row + i) * s_.stride_h + a - s_.padding_h;
-          const bool inside = from >= 0 && from < s_.height;
-          fill_row(inside ? x + from * s_.width * s_.x_stride : nullptr, b - s_.padding_w,
-                   to + (a * phases_w_ + b) * plane_ + i * columns_);
-        }
-  }
-
-  void fill_pixels(const float* x, int64_t count, float* to) const {
-    turn(x, s_.x_stride, count, to);
-  }
-
- private:
-  static constexpr int64_t kSlack = 16;  // the longest register
-
-  // Columns `first`, `first + stride` and so on of a row of the image, or zeros.
-  void fill_row(const float* x, int64_t first, float* to) const {
-    const int64_t begin =
-        x == nullptr ? columns_ : std::min(columns_, first < 0 ? ceil_div(-first, s_.stride_w) : 0);
-    const int64_t left = s_.width - first;
-    const int64_t end = std::clamp(left <= 0 ? 0 : ceil_div(left, s_.stride_w), begin, columns_);
-    for (int64_t c = 0; begin > 0 && c < s_.channels; ++c)
-      std::fill_n(to + c * channel_, begin, 0.f);
-    for (int64_t c = 0; end < columns_ && c < s_.channels; ++c)
-      std::fill_n(to + c * channel_ + end, columns_ - end, 0.f);
-    if (begin < end)
-      turn(x + (first + begin * s_.stride_w) * s_.x_stride, s_.stride_w * s_.x_stride, end - begin,
-           to + begin);
-  }
-
-  // All channels of `count` pixels, `step` apart, to the planes of the channels.
-  void turn(const float* x, int64_t step, int64_t count, float* to) const {
-    using Vector = Lanes<float>::Vector;
-    constexpr int64_t kCount = Lanes<float>::kCount;
-    int64_t i = 0;
-    for (; i + kCount <= count; i += kCount) {
-      int64_t c = 0;
-      for (; c + kCount <= s_.channels; c += kCount) {
-        Vector rows[kCount];
-        UNROLLED_FOR (int64_t j = 0; j < kCount; ++j)
-          rows[j] = load_unaligned(x + (i + j) * step + c);
-        transpose<float>(rows);
-        UNROLLED_FOR (int64_t j = 0; j < kCount; ++j)
-          std::memcpy(to + (c + j) * channel_ + i, &rows[j], sizeof(Vector));
-      }
-      for (; c < s_.channels; ++c)
-        for (int64_t j = 0; j < kCount; ++j) to[c * channel_ + i + j] = x[(i + j) * step + c];
-    }
-    for (; i < count; ++i)
-      for (int64_t c = 0; c < s_.channels; ++c) to[c * channel_ + i] = x[i * step + c];
-  }
-
-  const Step& s_;
-  bool flat_;
-  int64_t reach_h_, reach_w_, phases_h_, phases_w_;
-  int64_t rows_ = 0, columns_ = 0, plane_ = 0, channel_ = 0;
-  std::vector<int64_t> taps_;
+// What ReLU and ReLU6 are.
+struct Bounds {
+  float least = -kInfinity, most = kInfinity;
 };
+inline Bounds bounds_of(const Step& s) {
+  if (s.activation != kRelu && s.activation != kRelu6) return {};
+  return {0, s.activation == kRelu ? kInfinity : 6};
+}
+// What is no number stays so.
+SPRE_INLINE float bounded(float x, const Bounds& to) {
+  x = to.least > x ? to.least : x;
+  return to.most < x ? to.most : x;
+}
+SPRE_INLINE Lanes<float>::Vector bounded(Lanes<float>::Vector x, const Bounds& to) {
+  const Lanes<float>::Vector least = Lanes<float>::Vector{} + to.least,
+                             most = Lanes<float>::Vector{} + to.most;
+  x = least > x ? least : x;
+  return most < x ? most : x;
+}
 
 struct PlanarEntry {
   float value;
@@ -132,6 +51,12 @@ struct PlanarSums {
   int64_t channel;       // from channel to channel
   float* sums;
   bool begin;  // from zero
+
+  // The end of the sums, which then go to a plane instead; null where there is more to come.
+  float* y;
+  const float* residual;  // may be null
+  float bias;
+  Bounds bounds;
 };
 
 // One loop over channel groups, taps and slots: with one slot a tap, loops within loops would take
@@ -157,7 +82,19 @@ SPRE_NOINLINE void planar_sums(const PlanarSums& p) {
     const float weight = entries[i].value;
     UNROLLED_FOR (int v = 0; v < Vectors; ++v) sums[v] += load_unaligned(x + v * kCount) * weight;
   }
-  UNROLLED_FOR (int v = 0; v < Vectors; ++v) memory[v] = sums[v];
+  if (p.y == nullptr) {
+    UNROLLED_FOR (int v = 0; v < Vectors; ++v) memory[v] = sums[v];
+    return;
+  }
+  UNROLLED_FOR (int v = 0; v < Vectors; ++v) sums[v] += p.bias;
+  if (p.residual != nullptr) {
+    UNROLLED_FOR (int v = 0; v < Vectors; ++v) sums[v] += load_unaligned(p.residual + v * kCount);
+  }
+  const Bounds bounds = p.bounds;
+  UNROLLED_FOR (int v = 0; v < Vectors; ++v) {
+    sums[v] = bounded(sums[v], bounds);
+    std::memcpy(p.y + v * kCount, &sums[v], sizeof(Vector));
+  }
 }
 
 class PlanarConv {
@@ -171,10 +108,14 @@ class PlanarConv {
         channel_groups_(ceil_div(channels_, step.channel_group)),
         per_group_(step.kernel_h * step.kernel_w * step.slots),
         rows_(step, step.tile_rows) {
-    if (flat_) {  // a 1x1 conv knows no rows: tiles are stretches of all pixels of the batch
-      pixels_ = s_.batch * s_.out_height * s_.out_width;
+    if (flat_) {  // a 1x1 conv knows no rows: tiles are stretches of all pixels, or of an image's
+      const bool planes = s_.x_planes || s_.y_planes || s_.residual_planes;
+      const int64_t images = planes ? 1 : s_.batch;
+      pixels_ = images * s_.out_height * s_.out_width;
       unit_ = std::clamp<int64_t>(s_.tile_rows * s_.out_width, 1, std::max<int64_t>(1, pixels_));
-      tiles_ = ceil_div(pixels_, unit_);
+      if (s_.x_planes || s_.y_planes) unit_ = round_up(unit_, kLanes);  // whole registers
+      of_image_ = ceil_div(pixels_, unit_);
+      tiles_ = s_.batch / images * of_image_;
     } else {
       unit_ = rows_.unit();
       tiles_ = rows_.size();
@@ -209,12 +150,16 @@ class PlanarConv {
     const int64_t tasks = tiles_ * split_;
     for (int64_t task = worker.first(tasks); task < worker.last(tasks); ++task) {
       const int64_t tile = task % tiles_, part = task / tiles_;
-      if (tile != filled) fill(x, tile, planes);
-      filled = tile;
       const Place place = place_of(tile);
+      const float* from = planes;
+      if (planes_.in_place())
+        from = x + place.image * s_.channels * s_.x_stride + place.first;
+      else if (tile != filled)
+        fill(x, place, planes);
+      filled = tile;
       for (int64_t g = 0; g < s_.groups; ++g)
-        run_group(g, part, place, planes + g * channels_ * planes_.channel(), sums,
-                  reinterpret_cast<const PlanarEntry*>(weight), epilogue.of_group(g, outputs_));
+        run_group(g, part, place, from + g * channels_ * planes_.channel(), sums,
+                  reinterpret_cast<const PlanarEntry*>(weight), epilogue);
     }
   }
 
@@ -225,25 +170,31 @@ class PlanarConv {
   // spend more on sums, to and from memory, than windows in the second-level cache cost.
   static constexpr int64_t kWindowBytes = 16 << 10, kSumsBytes = 64 << 10, kLeastEntries = 24;
 
-  // The outputs of a tile: `rows` rows of `columns` from pixel `first` on.
+  // The outputs of a tile: `rows` rows of `columns` from pixel `first` of the image on, or of the
+  // batch where a flat conv takes that for one image.
   struct Place {
-    int64_t first, rows, columns;
+    int64_t image, first, rows, columns;
   };
 
   Place place_of(int64_t tile) const {
-    if (flat_) return {tile * unit_, 1, std::min(unit_, pixels_ - tile * unit_)};
+    if (flat_) {
+      const int64_t first = tile % of_image_ * unit_;
+      return {tile / of_image_, first, 1, std::min(unit_, pixels_ - first)};
+    }
     const auto [image, row, count] = rows_[tile];
-    return {(image * s_.out_height + row) * s_.out_width, count, s_.out_width};
+    return {image, row * s_.out_width, count, s_.out_width};
   }
 
-  void fill(const float* x, int64_t tile, float* planes) const {
-    if (flat_) {
-      const int64_t from = tile * unit_;
-      planes_.fill_pixels(x + from * s_.x_stride, std::min(unit_, pixels_ - from), planes);
-    } else {
-      const auto [image, row, count] = rows_[tile];
-      planes_.fill_rows(x + image * s_.height * s_.width * s_.x_stride, row, count, planes);
-    }
+  void fill(const float* x, const Place& place, float* planes) const {
+    const int64_t row = place.first / s_.out_width;
+    if (flat_)
+      planes_.fill_pixels(x + (place.image * pixels_ + place.first) * s_.x_stride, place.columns,
+                          planes);
+    else if (s_.x_planes)
+      planes_.copy_rows(x + place.image * s_.channels * s_.x_stride, row, place.rows, planes);
+    else
+      planes_.fill_rows(x + place.image * s_.height * s_.width * s_.x_stride, row, place.rows,
+                        planes);
   }
 
   // One group of channels at one tile: all of `part` of the outputs.
@@ -254,29 +205,41 @@ class PlanarConv {
     const int64_t last = std::min(outputs_, blocks * (part + 1) / split_ * kLanes);
     const int64_t end = (place.rows - 1) * planes_.columns() + place.columns;
     const int64_t vectors = ceil_div(end, kCount), stretches = ceil_div(vectors, stretch_);
-    PlanarSums p;
+    PlanarSums p{};
     p.bases = bases_.data();
     p.channel = planes_.channel();
+    p.bounds = flat_ || epilogue.residual == nullptr ? bounds_of(s_) : Bounds{};
     for (int64_t i = 0; i < stretches; ++i) {
       const int64_t begin = vectors * i / stretches, count = vectors * (i + 1) / stretches - begin;
       const auto kernel = pick(count, std::make_integer_sequence<int, kMostVectors>());
       for (int64_t output = first; output < last; output += chunk_) {
         const int64_t many = std::min(chunk_, last - output);
+        const Sums all{sums, g, output, many, begin * kCount, count};
+        const End end = end_of(place, all, epilogue);
         for (int64_t cut = 0; cut < channel_groups_; cut += together_) {
+          const bool last_cut = cut + together_ >= channel_groups_;
           p.count = std::min(together_, channel_groups_ - cut) * per_group_;
           p.x = planes + cut * s_.channel_group * p.channel + begin * kCount;
           p.begin = cut == 0;
+          p.y = nullptr;
           for (int64_t o = 0; o < many; ++o) {
             const int64_t row = (g * outputs_ + output + o) * channel_groups_ + cut;
             p.entries = weight + row * per_group_;
             p.sums = sums + o * stretch_ * kCount;
+            if (s_.y_planes && last_cut) {
+              p.y = end.y + o * end.y_step;
+              p.residual =
+                  end.residual == nullptr ? nullptr : end.residual + o * s_.residual_stride;
+              p.bias = end.bias == nullptr ? 0 : end.bias[o];
+            }
             fetch(p.entries + channel_groups_ * per_group_, p.count);
             kernel(p);
           }
         }
-        for (int64_t o = 0; o < many; o += kLanes)
-          store(place, begin * kCount, count, sums + o * stretch_ * kCount,
-                epilogue.at(place.first, output + o));
+        if (!s_.y_planes)
+          store_pixels(place, all, epilogue);
+        else if (!flat_)
+          copy_to_planes(place, all, epilogue);
       }
     }
   }
@@ -292,6 +255,102 @@ class PlanarConv {
   static Kernel pick(int64_t vectors, std::integer_sequence<int, VectorsLessOne...>) {
     static constexpr Kernel kTable[] = {planar_sums<VectorsLessOne + 1>...};
     return kTable[vectors - 1];
+  }
+
+  // Of outputs [output, output + many) of a group, at `vectors` registers of positions.
+  struct Sums {
+    float* first;
+    int64_t group, output, many;
+    int64_t position, vectors;
+  };
+
+  // Where the sums of some outputs end, from the first of them on: in their planes, or where they
+  // are if there is something between their rows.
+  struct End {
+    float* y;
+    int64_t y_step;
+    const float* residual;
+    const float* bias;
+  };
+  End end_of(const Place& place, const Sums& sums, const Epilogue<float>& epilogue) const {
+    const float* bias = epilogue.of_group(sums.group, outputs_).bias;
+    if (bias != nullptr) bias += sums.output;
+    if (!flat_) return {sums.first, stretch_ * kCount, nullptr, bias};
+    const float* residual = residual_plane(place, sums.group, sums.output, epilogue);
+    if (residual != nullptr) residual += sums.position;
+    float* y = y_plane(place, sums.group, sums.output, epilogue) + sums.position;
+    return {y, s_.y_stride, residual, bias};
+  }
+
+  // Of sums that have ended.
+  void copy_to_planes(const Place& place, const Sums& sums, const Epilogue<float>& epilogue) const {
+    using Vector = Lanes<float>::Vector;
+    const Bounds bounds = bounds_of(s_);
+    for (int64_t o = 0; o < sums.many; ++o) {
+      float* y = y_plane(place, sums.group, sums.output + o, epilogue);
+      const float* residual = residual_plane(place, sums.group, sums.output + o, epilogue);
+      const float* from = sums.first + o * stretch_ * kCount;
+      for_each_row(place, sums, [&](int64_t at, int64_t pixel, int64_t count) {
+        int64_t i = 0;
+        for (; i + kCount <= count; i += kCount) {
+          Vector some = load_unaligned(from + at + i);
+          if (residual != nullptr)
+            some = bounded(some + load_unaligned(residual + pixel + i), bounds);
+          std::memcpy(y + pixel + i, &some, sizeof(some));
+        }
+        for (; i < count; ++i) {
+          const float one = from[at + i];
+          y[pixel + i] = residual == nullptr ? one : bounded(one + residual[pixel + i], bounds);
+        }
+      });
+    }
+  }
+
+  void store_pixels(const Place& place, const Sums& sums, const Epilogue<float>& epilogue) const {
+    Epilogue<float> of_group = epilogue.of_group(sums.group, outputs_);
+    if (s_.residual_planes && epilogue.residual != nullptr) {
+      for (int64_t o = 0; o < sums.many; ++o) {
+        const int64_t output = sums.output + o;
+        const float bias = of_group.bias == nullptr ? 0 : of_group.bias[output];
+        const float* residual = residual_plane(place, sums.group, output, epilogue);
+        float* to = sums.first + o * stretch_ * kCount;
+        for_each_row(place, sums, [&](int64_t at, int64_t pixel, int64_t count) {
+          for (int64_t i = 0; i < count; ++i) to[at + i] = to[at + i] + bias + residual[pixel + i];
+        });
+      }
+      of_group.residual = of_group.bias = nullptr;
+    }
+    const int64_t pixel = place.image * (flat_ ? pixels_ : s_.out_height * s_.out_width);
+    for (int64_t o = 0; o < sums.many; o += kLanes)
+      store(place, sums.position, sums.vectors, sums.first + o * stretch_ * kCount,
+            of_group.at(pixel + place.first, sums.output + o));
+  }
+
+  // The number of the plane of an output.
+  int64_t plane(const Place& place, int64_t group, int64_t output) const {
+    return place.image * s_.out_channels + group * outputs_ + output;
+  }
+  float* y_plane(const Place& place, int64_t group, int64_t output,
+                 const Epilogue<float>& epilogue) const {
+    return epilogue.y + plane(place, group, output) * s_.y_stride + place.first;
+  }
+  const float* residual_plane(const Place& place, int64_t group, int64_t output,
+                              const Epilogue<float>& epilogue) const {
+    if (epilogue.residual == nullptr) return nullptr;
+    return epilogue.residual + plane(place, group, output) * s_.residual_stride + place.first;
+  }
+
+  // `then(i, pixel, count)` for each row of outputs among the positions: the sum of the first of
+  // them is the i-th, and how far its pixel is from that of the place.
+  template <class Then>
+  void for_each_row(const Place& place, const Sums& sums, Then then) const {
+    const int64_t columns = planes_.columns(), end = sums.position + sums.vectors * kCount;
+    for (int64_t row = sums.position / columns; row < place.rows && row * columns < end; ++row) {
+      const int64_t first = std::max(sums.position, row * columns);
+      const int64_t last = std::min(end, row * columns + place.columns);
+      if (first < last)
+        then(first - sums.position, row * (s_.out_width - columns) + first, last - first);
+    }
   }
 
   // Sums of 16 outputs, or as many as there are, at `vectors` registers of positions.
@@ -341,7 +400,8 @@ class PlanarConv {
   int64_t outputs_, channels_, channel_groups_;
   int64_t per_group_;  // entries of an output in a channel group
   RowTiles rows_;
-  int64_t pixels_ = 0, unit_ = 0, tiles_ = 0;
+  int64_t unit_ = 0, tiles_ = 0;
+  int64_t pixels_ = 0, of_image_ = 0;  // of a flat conv: of what it takes for an image, and tiles
   int64_t split_ = 1;
   int64_t stretch_ = 1;         // registers of positions that are computed at once
   int64_t together_ = 1;        // channel groups whose windows stay in the cache

@@ -31,6 +31,9 @@ class Activation(IntEnum):
     HARDSWISH = 4
 
 
+PLANE_SLACK = 16  # elements behind a plane, which are anyone's
+
+
 class Type(IntEnum):
     """The type of activations and weights."""
 
@@ -50,7 +53,8 @@ _FIELDS = (
     *("kernel_h", "kernel_w", "stride_h", "stride_w"),
     *("padding_h", "padding_w", "dilation_h", "dilation_w"),
     *("groups", "activation", "count_inside"),
-    *("slots", "channel_group", "parts", "planar", "winograd"),
+    *("slots", "channel_group", "parts", "planar"),
+    *("x_planes", "y_planes", "residual_planes", "winograd"),
     *("tile_blocks", "tile_pixels", "tile_rows", "split", "direct"),
 )
 

@@ -140,7 +140,7 @@ inline void work(const Job& job, int64_t thread, int64_t threads) {
 
 }  // namespace spre
 
-SPRE_EXPORT int64_t spre_version() { return 8; }
+SPRE_EXPORT int64_t spre_version() { return 9; }
 
 SPRE_EXPORT const char* spre_isa() { return spre::kIsa; }
 
@@ -166,6 +166,10 @@ SPRE_EXPORT int64_t spre_takes(const spre::Step* step) {
 #endif
   if (s.type != spre::kFloat32 && !bfloat16) return 0;
   if (s.kind < spre::kSparseConv || s.kind > spre::kWinogradConv) return 0;
+  const bool planes = s.x_planes || s.y_planes || s.residual_planes;
+  if (planes && (s.kind != spre::kSparseConv || !s.planar)) return 0;
+  if (s.y_planes && s.residual >= 0 && !s.residual_planes) return 0;
+  if (s.y_planes && s.activation > spre::kRelu6) return 0;
   if (s.kind == spre::kDenseConv) return s.groups == 1 && s.dilation_w == 1 && s.dilation_h == 1;
   if (s.kind == spre::kWinogradConv) return !bfloat16 && spre::winograd_takes(s);
   if (s.kind != spre::kSparseConv) return 1;
