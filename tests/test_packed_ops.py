@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -104,6 +104,8 @@ def test_every_geometry(name, data, seed):
     torch.manual_seed(seed)
     geometry = data.draw(geometries)
     kernel, groups = geometry.pop("kernel"), geometry["groups"]
+    # At these, with an image of few columns, torch 2.14's own conv crashes.
+    assume(kernel[1] > 1 or geometry["dilation"][1] == 1 or geometry["padding"][1] == 0)
     most = (40, 40, 13, 13, 3)
     outputs, channels, *image, batch = (data.draw(st.integers(1, size)) for size in most)
     least = [d * (k - 1) + 1 for d, k in zip(geometry["dilation"], kernel, strict=True)]
