@@ -12,11 +12,13 @@
 
 namespace spre {
 
-// What a kernel needs to compute `Blocks` x 16 outputs at `Pixels` pixels.
+// What a kernel needs to compute `Blocks` x 16 outputs at `Pixels` pixels, in as many tiles as
+// there are of these side by side.
 template <class X>
-struct SparseTile {
+struct SparseTiles {
+  int64_t count;
   const X* x;            // first pixel, first channel group, first tap
-  int64_t pixel_stride;  // of x, where it is not packed
+  int64_t pixel_stride;  // of x
   int64_t group_stride;  // from channel group to channel group
   int64_t channel_groups;
   const int64_t* tap_offsets;
@@ -24,64 +26,92 @@ struct SparseTile {
   int64_t slots;
   const char* weight;
   int64_t block_stride;  // bytes from one block of 16 outputs to the next
-  const char* ahead;     // weights to fetch into the cache meanwhile, a line per slot
+  int64_t pass_bytes;    // of a block, for these channel groups
+  const char* ahead;     // weights to fetch into the cache meanwhile, a line per slot of a tile
+  float* sums;           // of the passes before, and then with this one
+  bool first, last;      // of the passes: the epilogue follows the last
   Epilogue<X> epilogue;
 };
 
 template <class Traits>
-using SparseKernel = void (*)(const SparseTile<typename Traits::Element>&);
+using SparseKernel = void (*)(const SparseTiles<typename Traits::Element>&);
 
-// `Direct`: x is read where it lies. `Ahead`: the next weights are fetched meanwhile.
-template <class Traits, int Blocks, int Pixels, bool Direct, bool Ahead>
-__attribute__((noinline)) void sparse_kernel(const SparseTile<typename Traits::Element>& tile) {
-  using X = typename Traits::Element;
-  constexpr int64_t kPair = 2 * kCacheLine;  // a vector of weights and one of indices
+// What one slot of a channel group at a tap adds to the sums of a tile. `Ahead`: a line of the next
+// weights is fetched meanwhile.
+template <class Traits, bool Ahead, int Blocks, int Pixels>
+SPRE_INLINE void add_slot(Floats (&sums)[Blocks][Pixels], const typename Traits::Element* x,
+                          int64_t pixel, const char* weight, int64_t block_stride,
+                          [[maybe_unused]] const char* ahead) {
+  if constexpr (Ahead) __builtin_prefetch(ahead, 0, 2);
   // Where weights and indices of all blocks fit in registers beside the sums, x is read once.
   // Parts of a channel group are read again for each slot: kept, they would take their room.
   constexpr bool kReadOnce =
       Traits::kSections == 1 && Blocks * Pixels + 2 * Blocks + 2 <= kRegisters;
-  Floats sums[Blocks][Pixels];
-  UNROLLED_FOR (int b = 0; b < Blocks; ++b)
-    UNROLLED_FOR (int p = 0; p < Pixels; ++p) sums[b][p] = zeros();
-
-  const int64_t pixel = Direct ? tile.pixel_stride : Traits::kGroup;
-  const int64_t taps = Direct ? 1 : tile.taps, slots = tile.slots;
-  const char* weight = tile.weight;
-  [[maybe_unused]] const char* ahead = tile.ahead;
-  const X* group = tile.x;
-  for (int64_t g = 0; g < tile.channel_groups; ++g, group += tile.group_stride) {
-    ROLLED_FOR (int64_t t = 0; t < taps; ++t) {
-      const X* x = Direct ? group : group + tile.tap_offsets[t];
-      ROLLED_FOR (int64_t s = 0; s < slots; ++s, weight += kPair) {
-        if constexpr (Ahead) {
-          __builtin_prefetch(ahead, 0, 2);
-          ahead += kCacheLine;
-        }
-        if constexpr (kReadOnce) {
-          typename Traits::Weights weights[Blocks];
-          typename Traits::Index index[Blocks];
-          UNROLLED_FOR (int b = 0; b < Blocks; ++b) {
-            weights[b] = Traits::weights(weight + b * tile.block_stride);
-            index[b] = Traits::index(weight + b * tile.block_stride);
-          }
-          UNROLLED_FOR (int p = 0; p < Pixels; ++p) {
-            const auto input = Traits::input(x + p * pixel);
-            UNROLLED_FOR (int b = 0; b < Blocks; ++b)
-              sums[b][p] = Traits::dot(sums[b][p], input, index[b], weights[b]);
-          }
-        } else {
-          UNROLLED_FOR (int b = 0; b < Blocks; ++b) {
-            auto weights = Traits::weights(weight + b * tile.block_stride);
-            auto index = Traits::index(weight + b * tile.block_stride);
-            UNROLLED_FOR (int p = 0; p < Pixels; ++p)
-              sums[b][p] = Traits::dot(sums[b][p], Traits::input(x + p * pixel), index, weights);
-            asm volatile("" ::: "memory");  // read x again for the next block: no register is free
-          }
-        }
-      }
+  if constexpr (kReadOnce) {
+    typename Traits::Weights weights[Blocks];
+    typename Traits::Index index[Blocks];
+    UNROLLED_FOR (int b = 0; b < Blocks; ++b) {
+      weights[b] = Traits::weights(weight + b * block_stride);
+      index[b] = Traits::index(weight + b * block_stride);
+    }
+    UNROLLED_FOR (int p = 0; p < Pixels; ++p) {
+      const auto input = Traits::input(x + p * pixel);
+      UNROLLED_FOR (int b = 0; b < Blocks; ++b)
+        sums[b][p] = Traits::dot(sums[b][p], input, index[b], weights[b]);
+    }
+  } else {
+    UNROLLED_FOR (int b = 0; b < Blocks; ++b) {
+      auto weights = Traits::weights(weight + b * block_stride);
+      auto index = Traits::index(weight + b * block_stride);
+      UNROLLED_FOR (int p = 0; p < Pixels; ++p)
+        sums[b][p] = Traits::dot(sums[b][p], Traits::input(x + p * pixel), index, weights);
+      asm volatile("" ::: "memory");  // read x again for the next block: no register is free
     }
   }
-  finish(sums, tile.epilogue);
+}
+
+// `Slots`: how many there are, 0 for any number. `Direct`: x is read where it lies.
+template <class Traits, int Blocks, int Pixels, int Slots, bool Direct, bool Ahead>
+SPRE_NOINLINE void sparse_kernel(const SparseTiles<typename Traits::Element>& tiles) {
+  using X = typename Traits::Element;
+  constexpr int64_t kPair = 2 * kCacheLine;  // a vector of weights and one of indices
+  const int64_t pixel = Direct ? tiles.pixel_stride : Traits::kGroup;
+  const int64_t taps = Direct ? 1 : tiles.taps, slots = Slots > 0 ? Slots : tiles.slots;
+  const int64_t channel_groups = tiles.channel_groups, group_stride = tiles.group_stride;
+  const char* ahead = tiles.ahead;
+  for (int64_t tile = 0; tile < tiles.count; ++tile) {
+    [[maybe_unused]] float* memory = tiles.sums + tile * Pixels * Blocks * kLanes;
+    Floats sums[Blocks][Pixels];
+    UNROLLED_FOR (int b = 0; b < Blocks; ++b)
+      UNROLLED_FOR (int p = 0; p < Pixels; ++p)
+        sums[b][p] =
+            kPassBytes == 0 || tiles.first ? zeros() : load(memory + (p * Blocks + b) * kLanes);
+    const char* weight = tiles.weight;
+    const X* group = tiles.x + tile * Pixels * pixel;
+    ROLLED_FOR (int64_t g = 0; g < channel_groups; ++g, group += group_stride) {
+      ROLLED_FOR (int64_t t = 0; t < taps; ++t) {
+        const X* x = Direct ? group : group + tiles.tap_offsets[t];
+        if constexpr (Slots > 0) {
+          UNROLLED_FOR (int s = 0; s < Slots; ++s)
+            add_slot<Traits, Ahead>(sums, x, pixel, weight + s * kPair, tiles.block_stride,
+                                    ahead + s * kCacheLine);
+        } else {
+          ROLLED_FOR (int64_t s = 0; s < slots; ++s)
+            add_slot<Traits, Ahead>(sums, x, pixel, weight + s * kPair, tiles.block_stride,
+                                    ahead + s * kCacheLine);
+        }
+        weight += slots * kPair;
+        ahead += slots * kCacheLine;
+      }
+    }
+    if (kPassBytes == 0 || tiles.last) {
+      finish(sums, tiles.epilogue.at(tile * Pixels, 0));
+    } else {
+      UNROLLED_FOR (int b = 0; b < Blocks; ++b)
+        UNROLLED_FOR (int p = 0; p < Pixels; ++p)
+          store(memory + (p * Blocks + b) * kLanes, sums[b][p]);
+    }
+  }
 }
 
 // The kernels of one element type by blocks and pixels. More sums than these spill.
@@ -92,39 +122,50 @@ struct SparseKernels {
            blocks * pixels <= kMaxSums && blocks != 3;
   }
 
-  static SparseKernel<Traits> pick(int64_t blocks, int64_t pixels, bool direct, bool ahead) {
-    if (direct)
-      return ahead ? pick_blocks<true, true>(blocks, pixels)
-                   : pick_blocks<true, false>(blocks, pixels);
-    return ahead ? pick_blocks<false, true>(blocks, pixels)
-                 : pick_blocks<false, false>(blocks, pixels);
+  static SparseKernel<Traits> pick(int64_t blocks, int64_t pixels, int64_t slots, bool direct,
+                                   bool ahead) {
+    if constexpr (Traits::kUnrolledSlots == 2) {
+      if (slots == 1) return pick_way<1>(blocks, pixels, direct, ahead);
+      if (slots == 2) return pick_way<2>(blocks, pixels, direct, ahead);
+    }
+    return pick_way<0>(blocks, pixels, direct, ahead);
   }
 
  private:
-  template <bool Direct, bool Ahead>
+  template <int Slots>
+  static SparseKernel<Traits> pick_way(int64_t blocks, int64_t pixels, bool direct, bool ahead) {
+    if (direct)
+      return ahead ? pick_blocks<Slots, true, true>(blocks, pixels)
+                   : pick_blocks<Slots, true, false>(blocks, pixels);
+    return ahead ? pick_blocks<Slots, false, true>(blocks, pixels)
+                 : pick_blocks<Slots, false, false>(blocks, pixels);
+  }
+
+  template <int Slots, bool Direct, bool Ahead>
   static SparseKernel<Traits> pick_blocks(int64_t blocks, int64_t pixels) {
+    const auto all = std::make_integer_sequence<int, kMaxPixels>();
     switch (blocks) {
       case 1:
-        return pick_pixels<Direct, Ahead, 1>(pixels, std::make_integer_sequence<int, kMaxPixels>());
+        return pick_pixels<Slots, Direct, Ahead, 1>(pixels, all);
       case 2:
-        return pick_pixels<Direct, Ahead, 2>(pixels, std::make_integer_sequence<int, kMaxPixels>());
+        return pick_pixels<Slots, Direct, Ahead, 2>(pixels, all);
       default:
-        return pick_pixels<Direct, Ahead, 4>(pixels, std::make_integer_sequence<int, kMaxPixels>());
+        return pick_pixels<Slots, Direct, Ahead, 4>(pixels, all);
     }
   }
 
-  template <bool Direct, bool Ahead, int Blocks, int... PixelsLessOne>
+  template <int Slots, bool Direct, bool Ahead, int Blocks, int... PixelsLessOne>
   static SparseKernel<Traits> pick_pixels(int64_t pixels,
                                           std::integer_sequence<int, PixelsLessOne...>) {
     static constexpr SparseKernel<Traits> kTable[] = {
-        entry<Direct, Ahead, Blocks, PixelsLessOne + 1>()...};
+        entry<Slots, Direct, Ahead, Blocks, PixelsLessOne + 1>()...};
     return kTable[pixels - 1];
   }
 
-  template <bool Direct, bool Ahead, int Blocks, int Pixels>
+  template <int Slots, bool Direct, bool Ahead, int Blocks, int Pixels>
   static constexpr SparseKernel<Traits> entry() {
     if constexpr (exists(Blocks, Pixels)) {
-      return sparse_kernel<Traits, Blocks, Pixels, Direct, Ahead>;
+      return sparse_kernel<Traits, Blocks, Pixels, Slots, Direct, Ahead>;
     } else {
       return nullptr;
     }
@@ -155,12 +196,19 @@ struct SparseConv {
       tiles = ceil_div(pixels, unit);
       input.set_flat(unit);
     } else {
+      unit = rows.unit() * s.out_width;
       tiles = rows.size();
       input.set_rows(rows.unit());
     }
+    passes = 1;
+    if constexpr (kPassBytes > 0)  // of a 1x1 conv each weight is read once a tile anyway
+      if (!one_tap(s)) passes = std::min(channel_groups, ceil_div(block_bytes, kPassBytes));
   }
 
-  int64_t scratch_bytes() const { return s.direct ? 0 : input.bytes(sizeof(X)); }
+  int64_t scratch_bytes() const {
+    const int64_t of_sums = unit * tile_blocks * kLanes * static_cast<int64_t>(sizeof(float));
+    return packed_bytes() + (passes > 1 ? of_sums : 0);
+  }
 
   void run(const X* x, const char* weight, const Epilogue<X>& epilogue,
            const Worker& worker) const {
@@ -173,13 +221,18 @@ struct SparseConv {
         pack(x, tile, scratch);
         packed = tile;
       }
+      float* sums = reinterpret_cast<float*>(worker.scratch + packed_bytes());
       for (int64_t g = 0; g < s.groups; ++g)
-        run_group(g, tile, part, x, scratch, weight + g * blocks * block_bytes,
+        run_group(g, tile, part, x, scratch, sums, weight + g * blocks * block_bytes,
                   epilogue.of_group(g, group_outputs));
     }
   }
 
  private:
+  int64_t packed_bytes() const {
+    return s.direct ? 0 : round_up(input.bytes(sizeof(X)), kCacheLine);
+  }
+
   void pack(const X* x, int64_t tile, X* scratch) const {
     if (flat) {
       const int64_t from = tile * unit;
@@ -191,25 +244,18 @@ struct SparseConv {
   }
 
   // One group of channels at one tile: all of `part` of the outputs.
-  void run_group(int64_t g, int64_t tile, int64_t part, const X* x, const X* scratch,
+  void run_group(int64_t g, int64_t tile, int64_t part, const X* x, const X* scratch, float* sums,
                  const char* weight, const Epilogue<X>& group) const {
     const int64_t block_tiles = ceil_div(blocks, tile_blocks);
     const int64_t first = block_tiles * part / split, last = block_tiles * (part + 1) / split;
-    SparseTile<X> t;
-    t.pixel_stride = s.x_stride * s.stride_w;
+    SparseTiles<X> t;
+    t.pixel_stride = s.direct ? s.x_stride * s.stride_w : Traits::kGroup;
+    t.group_stride = s.direct ? Traits::kGroup / Traits::kSections : input.group_stride();
+    t.tap_offsets = s.direct ? nullptr : input.tap_offsets();
+    t.taps = s.direct ? 1 : s.kernel_h * s.kernel_w * Traits::kSections;
     t.slots = s.slots / Traits::kSections;
-    if (s.direct) {
-      t.group_stride = Traits::kGroup / Traits::kSections;
-      t.channel_groups = s.channels / s.groups / t.group_stride;
-      t.tap_offsets = nullptr;
-      t.taps = 1;
-    } else {
-      t.group_stride = input.group_stride();
-      t.channel_groups = channel_groups;
-      t.tap_offsets = input.tap_offsets();
-      t.taps = s.kernel_h * s.kernel_w * Traits::kSections;
-    }
     t.block_stride = block_bytes;
+    const int64_t all_groups = s.direct ? s.channels / s.groups / t.group_stride : channel_groups;
     const X* base = s.direct ? x + g * (s.channels / s.groups)
                              : scratch + g * channel_groups * input.group_stride();
     for (int64_t bt = first; bt < last; ++bt) {
@@ -220,22 +266,28 @@ struct SparseConv {
         const int64_t left = std::min<int64_t>(count - done, kMaxBlocks);
         const int64_t now = left >= 4 ? 4 : left >= 2 ? 2 : 1;
         const int64_t here = block + done;
-        t.weight = weight + here * block_bytes;
-        t.ahead = t.weight + now * block_bytes;
-        run_blocks(now, t, tile, base, group.at(0, here * kLanes));
+        for (int64_t pass = 0; pass < passes; ++pass) {
+          const int64_t from = all_groups * pass / passes;
+          t.channel_groups = all_groups * (pass + 1) / passes - from;
+          t.pass_bytes = t.channel_groups * block_bytes / all_groups;
+          t.weight = weight + here * block_bytes + from * block_bytes / all_groups;
+          t.ahead = t.weight + now * t.pass_bytes;
+          t.sums = sums;
+          t.first = pass == 0;
+          t.last = pass == passes - 1;
+          run_blocks(now, t, tile, base + from * t.group_stride, group.at(0, here * kLanes));
+        }
         done += now;
       }
     }
   }
 
-  void run_blocks(int64_t count, SparseTile<X>& t, int64_t tile, const X* base,
+  void run_blocks(int64_t count, SparseTiles<X>& t, int64_t tile, const X* base,
                   const Epilogue<X>& of_blocks) const {
     if (flat) {
       const int64_t from = tile * unit, length = std::min(unit, pixels - from);
       const X* x = s.direct ? base + from * s.x_stride : base;
-      run_stretch(count, t, x, s.direct ? s.x_stride : Traits::kGroup, length,
-                  of_blocks.at(from, 0));
-      return;
+      return run_stretch(count, t, x, length, of_blocks.at(from, 0));
     }
     const auto [image, row, many] = rows[tile];
     for (int64_t r = 0; r < many; ++r) {
@@ -243,25 +295,39 @@ struct SparseConv {
                        ? base + ((image * s.height + (row + r) * s.stride_h) * s.width) * s.x_stride
                        : base + r * s.stride_h * input.row_stride();
       const int64_t from = (image * s.out_height + row + r) * s.out_width;
-      run_stretch(count, t, x, s.direct ? s.x_stride * s.stride_w : Traits::kGroup, s.out_width,
-                  of_blocks.at(from, 0));
+      run_stretch(count, t, x, s.out_width, of_blocks.at(from, 0));
     }
   }
 
-  // Consecutive output pixels, in tiles of nearly equal size.
-  void run_stretch(int64_t count, SparseTile<X>& t, const X* x, int64_t x_step, int64_t length,
+  // Consecutive output pixels, in tiles of nearly equal size: first those that are one wider.
+  void run_stretch(int64_t count, SparseTiles<X>& t, const X* x, int64_t length,
                    const Epilogue<X>& stretch) const {
     const int64_t most = std::min({tile_pixels, int64_t{kMaxPixels}, kMaxSums / count});
-    const int64_t parts = ceil_div(length, most);
-    for (int64_t i = 0; i < parts; ++i) {
-      const int64_t begin = length * i / parts, width = length * (i + 1) / parts - begin;
-      t.x = x + begin * x_step;
-      t.epilogue = stretch.at(begin, 0);
-      // The next blocks' weights come in while these are used: they may lie beyond L2.
-      const char* end = t.weight + 2 * count * block_bytes;
-      SparseKernels<Traits>::pick(count, width, s.direct, t.ahead < end)(t);
-      t.ahead += block_bytes / 2;
-    }
+    const int64_t many = ceil_div(length, most), width = length / many, wider = length % many;
+    t.x = x;
+    t.epilogue = stretch;
+    run_tiles(count, t, wider, width + 1);
+    run_tiles(count, t, many - wider, width);
+  }
+
+  // So many tiles of a width. The weights of the next pass come in while these are used, until all
+  // of them are fetched: they may lie beyond L2.
+  void run_tiles(int64_t count, SparseTiles<X>& t, int64_t many, int64_t width) const {
+    const int64_t of_tile = t.pass_bytes / 2, end = 2 * count * t.pass_bytes;
+    const int64_t lacking = std::max<int64_t>(0, ceil_div(end - (t.ahead - t.weight), of_tile));
+    const int64_t fetching = std::min(lacking, many);
+    run_kernel(count, t, fetching, width, true);
+    t.ahead += fetching * of_tile;
+    run_kernel(count, t, many - fetching, width, false);
+  }
+
+  void run_kernel(int64_t count, SparseTiles<X>& t, int64_t many, int64_t width, bool ahead) const {
+    if (many == 0) return;
+    t.count = many;
+    SparseKernels<Traits>::pick(count, width, t.slots, s.direct, ahead)(t);
+    t.x += many * width * t.pixel_stride;
+    t.sums += many * width * count * kLanes;
+    t.epilogue = t.epilogue.at(many * width, 0);
   }
 
   const Step& s;
@@ -269,6 +335,7 @@ struct SparseConv {
   bool flat;
   int64_t group_outputs, blocks, channel_groups, block_bytes;
   int64_t tile_blocks, tile_pixels, split;
+  int64_t passes;  // over the pixels of a tile, each with the weights of some channel groups
   RowTiles rows;
   int64_t pixels = 0, unit = 0;  // of a flat conv
   int64_t tiles;

@@ -91,6 +91,7 @@ struct HalvedFloat32Traits {
   };
   static constexpr int kGroup = 16;
   static constexpr int kSections = 2;
+  static constexpr int kUnrolledSlots = 2;  // kernels for 1 and for 2 of a section
   SPRE_INLINE Input input(const float* p) { return _mm256_loadu_ps(p); }
   SPRE_INLINE Weights weights(const char* p) { return load(reinterpret_cast<const float*>(p)); }
   SPRE_INLINE Index index(const char* p) {
@@ -123,6 +124,7 @@ struct QuarteredFloat32Traits : HalvedFloat32Traits {
 struct Float32Traits : HalvedFloat32Traits {
   using Input = Floats;
   static constexpr int kSections = 1;
+  static constexpr int kUnrolledSlots = 0;
   SPRE_INLINE Input input(const float* p) { return load(p); }
   SPRE_INLINE __m256 choose(Input x, __m256i i) {
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(x.low, i), _mm256_permutevar8x32_ps(x.high, i),
@@ -141,6 +143,7 @@ struct WideFloat32Traits : HalvedFloat32Traits {
   };
   static constexpr int kGroup = 32;
   static constexpr int kSections = 1;
+  static constexpr int kUnrolledSlots = 0;
   SPRE_INLINE Input input(const float* p) { return {load(p), load(p + 16)}; }
   SPRE_INLINE __m256 choose(Input x, __m256i i) {
     return _mm256_blendv_ps(Float32Traits::choose(x.low, i), Float32Traits::choose(x.high, i),
@@ -158,6 +161,7 @@ inline constexpr int kRegisters = 8;     // of 16 lanes
 inline constexpr int kMaxSums = 6;
 inline constexpr int kMaxBlocks = 1;  // the permutes read x from memory: more blocks share nothing
 inline constexpr int kMaxPixels = 6;
-inline constexpr int kReadOnceSums = 5;  // what leaves registers for a shuffle
+inline constexpr int kReadOnceSums = 5;          // what leaves registers for a shuffle
+inline constexpr int64_t kPassBytes = 24 << 10;  // they stay in the first-level cache
 
 }  // namespace spre

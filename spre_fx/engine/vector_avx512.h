@@ -85,6 +85,7 @@ struct Float32Traits {
   using Index = __m512i;
   static constexpr int kGroup = 16;
   static constexpr int kSections = 1;
+  static constexpr int kUnrolledSlots = 0;
   SPRE_INLINE Input input(const float* p) { return _mm512_loadu_ps(p); }
   SPRE_INLINE Weights weights(const char* p) {
     return _mm512_load_ps(reinterpret_cast<const float*>(p));
@@ -120,6 +121,7 @@ struct BFloat16Traits {
   using Index = __m512i;
   static constexpr int kGroup = 32;
   static constexpr int kSections = 1;
+  static constexpr int kUnrolledSlots = 0;
   SPRE_INLINE Input input(const BFloat16* p) { return _mm512_loadu_si512(p); }
   SPRE_INLINE Weights weights(const char* p) { return _mm512_load_si512(p); }
   SPRE_INLINE Index index(const char* p) { return _mm512_load_si512(p + 64); }
@@ -154,5 +156,7 @@ inline constexpr int kMaxSums = 28;
 inline constexpr int kMaxBlocks = 4;
 inline constexpr int kMaxPixels = 14;
 inline constexpr int kReadOnceSums = 22;
+// Bytes of weights that go over all pixels of a tile before the next ones do; 0 for all of them.
+inline constexpr int64_t kPassBytes = 0;
 
 }  // namespace spre

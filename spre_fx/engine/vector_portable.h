@@ -99,6 +99,7 @@ struct GatherTraits {
   using Index = const int32_t*;
   static constexpr int kGroup = Group;
   static constexpr int kSections = 1;
+  static constexpr int kUnrolledSlots = 0;
   SPRE_INLINE Input input(const float* p) { return p; }
   SPRE_INLINE Weights weights(const char* p) { return load(reinterpret_cast<const float*>(p)); }
   SPRE_INLINE Index index(const char* p) {
@@ -124,5 +125,6 @@ inline constexpr int kMaxSums = 4;
 inline constexpr int kMaxBlocks = 1;
 inline constexpr int kMaxPixels = 4;
 inline constexpr int kReadOnceSums = 4;
+inline constexpr int64_t kPassBytes = 0;
 
 }  // namespace spre
