@@ -176,6 +176,7 @@ struct SparseKernels {
 template <class Traits>
 struct SparseConv {
   using X = typename Traits::Element;
+  using Narrow = typename NarrowTraits<Traits>::Type;
 
   explicit SparseConv(const Step& step)
       : s(step),
@@ -324,7 +325,11 @@ struct SparseConv {
   void run_kernel(int64_t count, SparseTiles<X>& t, int64_t many, int64_t width, bool ahead) const {
     if (many == 0) return;
     t.count = many;
-    SparseKernels<Traits>::pick(count, width, t.slots, s.direct, ahead)(t);
+    const bool narrow = count == 1 && t.epilogue.outputs <= kLanes / 2;
+    const auto kernel = narrow
+                            ? SparseKernels<Narrow>::pick(1, width, t.slots, s.direct, ahead)
+                            : SparseKernels<Traits>::pick(count, width, t.slots, s.direct, ahead);
+    kernel(t);
     t.x += many * width * t.pixel_stride;
     t.sums += many * width * count * kLanes;
     t.epilogue = t.epilogue.at(many * width, 0);

@@ -52,6 +52,12 @@ inline bool winograd_takes(const Step& s) {
   return plain && s.kernel_h == 3 && s.kernel_w == 3 && (s.winograd == 2 || s.winograd == 4);
 }
 
+// The traits of kernels for at most half of a block of outputs, where these have some of their own.
+template <class Traits>
+struct NarrowTraits {
+  using Type = Traits;
+};
+
 // The output rows of a step, cut into tiles of at most `unit` rows of one image.
 class RowTiles {
  public:

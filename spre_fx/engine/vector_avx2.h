@@ -120,6 +120,16 @@ struct QuarteredFloat32Traits : HalvedFloat32Traits {
   }
 };
 
+struct NarrowQuarteredFloat32Traits : QuarteredFloat32Traits {
+  SPRE_INLINE Floats dot(Floats a, Input x, Index i, Weights w) {
+    return {_mm256_fmadd_ps(shuffle(x, i.low), w.low, a.low), a.high};
+  }
+};
+template <>
+struct NarrowTraits<QuarteredFloat32Traits> {
+  using Type = NarrowQuarteredFloat32Traits;
+};
+
 // 16 channels: a permute of each half and a choice between them, by bit 3 of the lane number.
 struct Float32Traits : HalvedFloat32Traits {
   using Input = Floats;
