@@ -173,5 +173,6 @@ inline constexpr int kMaxBlocks = 1;  // the permutes read x from memory: more b
 inline constexpr int kMaxPixels = 6;
 inline constexpr int kReadOnceSums = 5;          // what leaves registers for a shuffle
 inline constexpr int64_t kPassBytes = 24 << 10;  // they stay in the first-level cache
+inline constexpr int kScannedPixels = 4;
 
 }  // namespace spre

@@ -158,5 +158,7 @@ inline constexpr int kMaxPixels = 14;
 inline constexpr int kReadOnceSums = 22;
 // Bytes of weights that go over all pixels of a tile before the next ones do; 0 for all of them.
 inline constexpr int64_t kPassBytes = 0;
+// Outputs of a tile of a depthwise conv that reads each number once; 0 for none.
+inline constexpr int kScannedPixels = 0;
 
 }  // namespace spre

@@ -126,5 +126,6 @@ inline constexpr int kMaxBlocks = 1;
 inline constexpr int kMaxPixels = 4;
 inline constexpr int kReadOnceSums = 4;
 inline constexpr int64_t kPassBytes = 0;
+inline constexpr int kScannedPixels = 0;
 
 }  // namespace spre

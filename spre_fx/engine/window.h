@@ -76,9 +76,52 @@ SPRE_NOINLINE void window_kernel(const WindowTile<X>& tile) {
   finish(sums, tile.epilogue, lanes);
 }
 
+// A stretch of a row of outputs of a depthwise conv whose windows are 3 wide and 1 apart.
+template <class X>
+struct Stretch {
+  const X* x;  // what the first tap of the first output reads, were there no edge
+  int64_t pixel_step, row_step;
+  int64_t taps_h;
+  const X* weight;
+  int64_t weight_step, weight_row;
+  int64_t outputs;         // `Pixels` or more
+  bool at_left, at_right;  // the first tap of the first output (the last of the last) is outside
+  Epilogue<X> epilogue;
+};
+
+// All 16 channels. Each number of x is read once, for all of up to 3 outputs that take it in. The
+// last outputs are perhaps computed twice, so that each tile is whole.
+template <class X, int Pixels>
+SPRE_NOINLINE void scan_kernel(const Stretch<X>& s) {
+  constexpr int kTaps = 3, kColumns = Pixels + kTaps - 1;
+  for (int64_t end = 0; end < s.outputs;) {
+    end = std::min(end + Pixels, s.outputs);
+    const int64_t begin = end - Pixels;
+    const bool first = begin > 0 || !s.at_left, last = end < s.outputs || !s.at_right;
+    Floats sums[1][Pixels];
+    UNROLLED_FOR (int p = 0; p < Pixels; ++p) sums[0][p] = zeros();
+    const X* row = s.x + begin * s.pixel_step;
+    const X* weight = s.weight;
+    ROLLED_FOR (int64_t u = 0; u < s.taps_h; ++u, row += s.row_step, weight += s.weight_row) {
+      Floats weights[kTaps];
+      UNROLLED_FOR (int v = 0; v < kTaps; ++v) weights[v] = load(weight + v * s.weight_step);
+      UNROLLED_FOR (int column = 0; column < kColumns; ++column) {
+        if ((column == 0 && !first) || (column == kColumns - 1 && !last)) continue;
+        const Floats x = load(row + column * s.pixel_step);
+        UNROLLED_FOR (int v = 0; v < kTaps; ++v) {
+          const int p = column - v;
+          if (p >= 0 && p < Pixels) sums[0][p] = fma(x, weights[v], sums[0][p]);
+        }
+      }
+    }
+    finish(sums, s.epilogue.at(begin, 0), kLanes);
+  }
+}
+
 template <class Window, class X>
 struct WindowStep {
   static constexpr int kPixels = kRegisters >= 32 ? 8 : kRegisters >= 8 ? 6 : 4;
+  static constexpr int64_t kStretch = 16;  // outputs of which all channels come before the next
 
   explicit WindowStep(const Step& step)
       : s(step),
@@ -131,6 +174,8 @@ struct WindowStep {
     x += (top + down.first * s.dilation_h) * s.width * s.x_stride;
     if constexpr (Window::kWeights) weight += down.first * t.weight_row;
     t.taps_h = down.count;
+    const int64_t left_over = scan(t, channels, x, weight, row);
+    if (left_over >= channels.end) return;
     const auto run = [&](int64_t column, int64_t width) {
       const int64_t left = column * s.stride_w - s.padding_w;
       const Taps across = inside(left, s.kernel_w, s.dilation_w, s.width);
@@ -139,7 +184,7 @@ struct WindowStep {
       const int64_t divisor = s.count_inside ? std::max<int64_t>(1, down.count * across.count)
                                              : s.kernel_h * s.kernel_w;
       t.scale = 1.f / static_cast<float>(divisor);
-      for (int64_t c = channels.first; c < channels.end; c += kLanes) {
+      for (int64_t c = left_over; c < channels.end; c += kLanes) {
         t.x = x_here + c;
         if constexpr (Window::kWeights) t.weight = weight + across.first * t.weight_step + c;
         t.epilogue = row.at(column, c);
@@ -159,6 +204,43 @@ struct WindowStep {
       run(inner + begin, (outer - inner) * (i + 1) / together - begin);
     }
     for (int64_t j = outer; j < s.out_width; ++j) run(j, 1);
+  }
+
+  // Computes the channels that `scan_kernel` takes, and returns the first of the others.
+  int64_t scan(const WindowTile<X>& t, Channels channels, const X* x, const X* weight,
+               const Epilogue<X>& row) const {
+    if constexpr (Window::kWeights && kScannedPixels > 0) {
+      // A sum that lies where its residual did must not be computed twice.
+      const bool takes = row.residual == nullptr && s.kernel_w == 3 && s.stride_w == 1 &&
+                         s.dilation_w == 1 && s.padding_w <= 1 && s.out_width >= kScannedPixels;
+      if (takes) return scan_all(t, channels, x, weight, row);
+    }
+    return channels.first;
+  }
+
+  int64_t scan_all(const WindowTile<X>& t, Channels channels, const X* x, const X* weight,
+                   const Epilogue<X>& row) const {
+    const int64_t end = std::min(channels.end, s.channels / kLanes * kLanes);
+    Stretch<X> some{};
+    some.pixel_step = t.pixel_step;
+    some.row_step = t.row_step;
+    some.taps_h = t.taps_h;
+    some.weight_step = t.weight_step;
+    some.weight_row = t.weight_row;
+    const int64_t stretches = std::max<int64_t>(1, s.out_width / kStretch);
+    for (int64_t i = 0; i < stretches; ++i) {
+      const int64_t begin = s.out_width * i / stretches, to = s.out_width * (i + 1) / stretches;
+      some.outputs = to - begin;
+      some.at_left = begin < s.padding_w;
+      some.at_right = to + 2 - s.padding_w > s.width;
+      for (int64_t c = channels.first; c < end; c += kLanes) {
+        some.x = x + (begin - s.padding_w) * s.x_stride + c;
+        some.weight = weight + c;
+        some.epilogue = row.at(begin, c);
+        scan_kernel<X, kScannedPixels>(some);
+      }
+    }
+    return end;
   }
 
   static WindowKernel<X> pick(int64_t pixels, int64_t taps, int lanes) {
