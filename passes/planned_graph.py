@@ -257,7 +257,12 @@ def _new_program(
     if program is None or not _side_by_side(inputs, values, program):
         return program
     batch = len(inputs[0])
-    images = images_at_a_time(program, batch)
+    images = images_at_a_time(
+        batch,
+        weights=sum(tensor.nbytes for tensor in program.keep),
+        activations=program.plan.activations,
+        arena=program.arena,
+    )
     if images == batch:
         return program
     first, rest = (_of_some(model, inputs, count) for count in (images, batch % images))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -23,6 +25,7 @@ from spre_fx.modules import Layer
 from spre_fx.passes.pipeline import lowering_pipeline
 from spre_fx.passes.planned_graph import planned
 from spre_fx.passes.regions import assemble, find_regions, is_divided
+from spre_fx.planned import images_at_a_time
 
 BackendName: TypeAlias = Literal["auto", "cpu", "cuda", "dense"]
 _NAMES = ("auto", "cpu", "cuda", "dense")
@@ -85,7 +88,10 @@ def lower_in_place(
         model = model.to(dtype)
     model = model.eval()
     chosen = choose_backend(model, backend, stacklevel=stacklevel + 1)
-    shapes = {} if example_inputs is None else input_shapes(model, example_inputs)
+    calls = {} if example_inputs is None else calls_of_layers(model, example_inputs)
+    if chosen.name == "cpu":
+        calls = of_images_together(calls)
+    shapes = {layer: [call.x for call in each] for layer, each in calls.items()}
     timings = Timings.of_machine(chosen.machine)
     regions = find_regions(model)
     passes = lowering_pipeline(chosen, shapes, timings)
@@ -133,9 +139,17 @@ def choose_backend(model: nn.Module, name: str, *, stacklevel: int) -> Backend:
     return CPUBackend() if name == "cpu" else DenseBackend()
 
 
+@dataclass(frozen=True)
+class LayerCall:
+    """The shapes of what a layer is called with, and of what it returns."""
+
+    x: Shape
+    y: Shape
+
+
 @torch.no_grad()
-def input_shapes(model: nn.Module, example_inputs: Any) -> dict[nn.Module, Sequence[Shape]]:
-    """The shapes of what each layer is called with in one run of a model.
+def calls_of_layers(model: nn.Module, example_inputs: Any) -> dict[nn.Module, list[LayerCall]]:
+    """The calls of each layer in one run of a model.
 
     Args:
         model: The model, in evaluation mode.
@@ -147,14 +161,14 @@ def input_shapes(model: nn.Module, example_inputs: Any) -> dict[nn.Module, Seque
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     inputs = tree_map(lambda value: _like_weights(value, model), inputs)
-    found: dict[nn.Module, list[Shape]] = defaultdict(list)
+    found: dict[nn.Module, list[LayerCall]] = defaultdict(list)
 
-    def note(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if arguments and isinstance(arguments[0], Tensor):
-            found[layer].append(tuple(arguments[0].shape))
+    def note(layer: nn.Module, arguments: tuple[Any, ...], y: Any) -> None:
+        if arguments and isinstance(arguments[0], Tensor) and isinstance(y, Tensor):
+            found[layer].append(LayerCall(tuple(arguments[0].shape), tuple(y.shape)))
 
     layers = [module for module in model.modules() if isinstance(module, Layer)]
-    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    hooks = [layer.register_forward_hook(note) for layer in layers]
     try:
         model(*inputs)
     except Exception as error:  # whatever the model's own operations raise
@@ -166,6 +180,32 @@ def input_shapes(model: nn.Module, example_inputs: Any) -> dict[nn.Module, Seque
         for hook in hooks:
             hook.remove()
     return dict(found)
+
+
+def of_images_together(
+    calls: Mapping[nn.Module, list[LayerCall]],
+) -> dict[nn.Module, list[LayerCall]]:
+    """The calls with as many images as a planned graph is likely to run together.
+
+    A layer's choice is right for the batch that it runs on, and its activations are then as likely
+    to be in a cache as they were when it was measured. Calls whose batches differ stay as they are.
+    """
+    every = [call for each in calls.values() for call in each]
+    batches = {shape[0] for call in every for shape in (call.x, call.y) if shape}
+    if len(batches) != 1 or not all(call.x and call.y for call in every):
+        return dict(calls)
+    batch = batches.pop()
+    weights = sum(layer.weight.nbytes for layer in calls if isinstance(layer.weight, Tensor))
+    images = images_at_a_time(
+        batch,
+        weights=2 * weights,  # with their indices, or transformed
+        activations=4 * sum(prod(call.y) for call in every),
+        arena=4 * max(prod(call.x) + prod(call.y) for call in every),
+    )
+    return {
+        layer: [LayerCall((images, *call.x[1:]), (images, *call.y[1:])) for call in each]
+        for layer, each in calls.items()
+    }
 
 
 def _like_weights(value: Any, model: nn.Module) -> Any:

@@ -299,16 +299,21 @@ def _joined(*results: Any) -> Any:
     return torch.cat(results) if isinstance(results[0], Tensor) else results[0]
 
 
-def images_at_a_time(program: PlannedProgram, batch: int) -> int:
+def images_at_a_time(batch: int, *, weights: int, activations: int, arena: int) -> int:
     """How many images of a batch to run together.
 
     All, where their activations fit in a cache. Otherwise as few as can be: activations are then
     read from the cache instead of from memory; but so many that the weights, which each part of the
     batch reads again, are no more than the activations.
+
+    Args:
+        batch: How many there are.
+        weights: Bytes of all weights.
+        activations: Bytes of all activations of the batch, each in a place of its own.
+        arena: Bytes of those that are alive at one time, the most there are.
     """
-    weights = sum(tensor.nbytes for tensor in program.keep)
-    an_image = max(1, program.plan.activations // batch)
-    fitting = _CACHED * batch // max(1, program.arena)
+    an_image = max(1, activations // batch)
+    fitting = _CACHED * batch // max(1, arena)
     return min(batch, max(1, fitting, -(-weights // an_image)))
 
 

@@ -9,7 +9,7 @@ from test_api import small_net
 from torch import Tensor, nn
 
 import spre_fx
-from spre_fx import engine, lowering
+from spre_fx import engine, lowering, planned
 from spre_fx.backends import is_lowered
 from spre_fx.packed_layers import PackedConv2d
 from spre_fx.passes.planned_graph import PlannedGraphModule
@@ -60,6 +60,34 @@ def test_with_example_inputs_every_layer_is_measured() -> None:
         assert site.chosen_ms <= site.dense_ms
         assert (site.backend == "cpu") == (site.chosen_ms < site.dense_ms)
         assert "2x32x12x12" in site.note or "2x64x12x12" in site.note
+
+
+@needs_engine
+def test_layers_are_measured_on_the_images_that_run_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planned, "_CACHED", 3 * 4 * (32 + 64) * 12 * 12)  # of three images
+    monkeypatch.setattr(lowering, "images_at_a_time", images_of_light_weights)
+    x = torch.randn(7, 32, 12, 12)
+    deployed = spre_fx.finalize(prepared(), example_inputs=x)
+    for site in spre_fx.sites(deployed):
+        assert "3x32x12x12" in site.note or "3x64x12x12" in site.note
+
+
+def images_of_light_weights(batch: int, *, weights: int, activations: int, arena: int) -> int:
+    assert weights == 2 * 4 * 2 * 9 * 32 * 64
+    return planned.images_at_a_time(batch, weights=0, activations=activations, arena=arena)
+
+
+def test_layers_of_unlike_batches_are_measured_as_they_are_called() -> None:
+    calls = lowering.calls_of_layers(
+        nn.Sequential(nn.Flatten(0, 1), nn.Linear(8, 4)), torch.ones(5, 3, 8)
+    )
+    (call,) = next(iter(calls.values()))
+    assert call == lowering.LayerCall((15, 8), (15, 4))
+    other = lowering.LayerCall((5, 8), (5, 4))
+    mixed = {nn.Linear(8, 4): [call, other]}
+    assert lowering.of_images_together(mixed) == mixed
 
 
 @needs_engine

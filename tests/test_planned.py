@@ -2,7 +2,6 @@
 
 import copy
 import threading
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -165,7 +164,7 @@ class Small(nn.Module):
 @pytest.fixture
 def pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches run two images at a time."""
-    monkeypatch.setattr("spre_fx.passes.planned_graph.images_at_a_time", lambda *_: 2)
+    monkeypatch.setattr("spre_fx.passes.planned_graph.images_at_a_time", lambda *_, **__: 2)
 
 
 def checked_program(model: nn.Module, *inputs: Tensor) -> PlannedBatches | PlannedProgram:
@@ -245,16 +244,11 @@ def test_inputs_of_several_batches_stay_together() -> None:
 sizes = st.integers(0, 1 << 26)
 
 
-def sized(weights: int, activations: int, arena: int) -> Any:
-    keep = (SimpleNamespace(nbytes=weights),)
-    return SimpleNamespace(keep=keep, plan=SimpleNamespace(activations=activations), arena=arena)
-
-
 @given(st.integers(1, 512), sizes, sizes, sizes)
 def test_how_many_images_go_together(
     batch: int, weights: int, activations: int, arena: int
 ) -> None:
-    images = images_at_a_time(sized(weights, activations, arena), batch)
+    images = images_at_a_time(batch, weights=weights, activations=activations, arena=arena)
     assert 1 <= images <= batch
     if arena <= planned._CACHED:
         assert images == batch
@@ -265,8 +259,11 @@ def test_how_many_images_go_together(
 
 
 def test_how_many_images_of_some_networks() -> None:
-    megabyte = 1 << 20
-    assert images_at_a_time(sized(megabyte, 64 * megabyte, 8 * megabyte), 64) == 64
-    assert images_at_a_time(sized(megabyte, 640 * megabyte, 96 * megabyte), 64) == 8
-    assert images_at_a_time(sized(160 * megabyte, 640 * megabyte, 96 * megabyte), 64) == 16
-    assert images_at_a_time(sized(900 * megabyte, 640 * megabyte, 96 * megabyte), 64) == 64
+    def images(weights: int, activations: int, arena: int) -> int:
+        sizes = {"weights": weights << 20, "activations": activations << 20, "arena": arena << 20}
+        return images_at_a_time(64, **sizes)
+
+    assert images(1, 64, 8) == 64
+    assert images(1, 640, 96) == 8
+    assert images(160, 640, 96) == 16
+    assert images(900, 640, 96) == 64

@@ -16,7 +16,7 @@ from spre_fx.engine.program import Program, Step
 from spre_fx.engine.training import MaskedConv, Weight
 from spre_fx.errors import OptionError
 
-VERSION = 9  # of engine.h and training.h
+VERSION = 10  # of engine.h, training.h and the kernels
 VARIABLE = "SPRE_FX_ENGINE"
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # the best first
 

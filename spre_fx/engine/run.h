@@ -140,7 +140,7 @@ inline void work(const Job& job, int64_t thread, int64_t threads) {
 
 }  // namespace spre
 
-SPRE_EXPORT int64_t spre_version() { return 9; }
+SPRE_EXPORT int64_t spre_version() { return 10; }
 
 SPRE_EXPORT const char* spre_isa() { return spre::kIsa; }
 
