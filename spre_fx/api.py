@@ -203,8 +203,8 @@ def finalize(
     Each N:M layer then becomes what runs it fastest: a sparse kernel of the backend, or the dense
     layer where that is faster. With `example_inputs` this is measured on every layer's real input,
     with as many images of a batch as run together, and kept for the next time (`spre_fx.choice`);
-    without, a rule predicts it. `sites` and `diff` say what was chosen and why. A model with sparse kernels is for inference: its parameters no
-    longer require gradients.
+    without, a rule predicts it. `sites` and `diff` say what was chosen and why. A model with sparse
+    kernels is for inference: its parameters no longer require gradients.
 
     Args:
         prepared: What `prepare` returned, trained, or a module that holds it, such as a
