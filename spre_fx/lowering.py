@@ -195,12 +195,13 @@ def of_images_together(
     if len(batches) != 1 or not all(call.x and call.y for call in every):
         return dict(calls)
     batch = batches.pop()
-    weights = sum(layer.weight.nbytes for layer in calls if isinstance(layer.weight, Tensor))
+    weights = [layer.weight for layer in calls if isinstance(layer.weight, Tensor)]
+    size = max(weight.itemsize for weight in weights)  # activations are of their type
     images = images_at_a_time(
         batch,
-        weights=2 * weights,  # with their indices, or transformed
-        activations=4 * sum(prod(call.y) for call in every),
-        arena=4 * max(prod(call.x) + prod(call.y) for call in every),
+        weights=2 * sum(weight.nbytes for weight in weights),  # with indices, or transformed
+        activations=size * sum(prod(call.y) for call in every),
+        arena=size * max(prod(call.x) + prod(call.y) for call in every),
     )
     return {
         layer: [LayerCall((images, *call.x[1:]), (images, *call.y[1:])) for call in each]

@@ -79,6 +79,18 @@ def images_of_light_weights(batch: int, *, weights: int, activations: int, arena
     return planned.images_at_a_time(batch, weights=0, activations=activations, arena=arena)
 
 
+@pytest.mark.parametrize(("dtype", "images"), [(torch.float32, 3), (torch.bfloat16, 6)])
+def test_more_images_of_a_smaller_type_run_together(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, images: int
+) -> None:
+    monkeypatch.setattr(planned, "_CACHED", 3 * 4 * (32 + 64) * 12 * 12)
+    layer = nn.Conv2d(32, 64, 1).to(dtype)
+    calls = lowering.calls_of_layers(layer, torch.randn(7, 32, 12, 12))
+    assert lowering.of_images_together(calls) == {
+        layer: [lowering.LayerCall((images, 32, 12, 12), (images, 64, 12, 12))]
+    }
+
+
 def test_layers_of_unlike_batches_are_measured_as_they_are_called() -> None:
     calls = lowering.calls_of_layers(
         nn.Sequential(nn.Flatten(0, 1), nn.Linear(8, 4)), torch.ones(5, 3, 8)
