@@ -199,6 +199,16 @@ class Draw:
             w[f"stride_{axis}"] = self.one_of(1, 1, 2, 3)
             w[f"dilation_{axis}"] = self.one_of(1, 1, 1, 2, 3)
             w[f"padding_{axis}"] = self.one_of(*range(most + 1))
+        return self.with_image(w)
+
+    def three_by_three(self) -> dict[str, int]:
+        """The window of most convs, for which there are kernels of their own."""
+        w = dict.fromkeys(("kernel_h", "kernel_w"), 3)
+        w |= {f"{name}_{axis}": 1 for name in ("stride", "dilation") for axis in "hw"}
+        w |= {f"padding_{axis}": self.one_of(0, 1, 1) for axis in "hw"}
+        return self.with_image(w)
+
+    def with_image(self, w: dict[str, int]) -> dict[str, int]:
         w["batch"] = self.one_of(1, 1, 2, 3)
         for axis, size in (("h", "height"), ("w", "width")):
             reach = w[f"dilation_{axis}"] * (w[f"kernel_{axis}"] - 1) + 1
@@ -300,12 +310,19 @@ def planar_conv(draw: Draw) -> Case:
     return sparse_conv(draw, planar=draw.dtype == torch.float32)
 
 
-def sparse_conv(draw: Draw, *, planar: bool = False) -> Case:
-    w = draw.window()
+def wide_sparse_conv(draw: Draw) -> Case:
+    """One whose weights go over the pixels in several passes."""
+    return sparse_conv(draw, wide=True)
+
+
+def sparse_conv(draw: Draw, *, planar: bool = False, wide: bool = False) -> Case:
+    w = draw.three_by_three() if wide else draw.window()
     groups = draw.one_of(1, 1, 1, 2, 3)
     inputs = draw.one_of(1, 3, 4, 8, 15, 16, 17, 20, 24, 31, 32, 33, 48, 60, 64)
     outputs = draw.one_of(1, 3, 8, 15, 16, 17, 31, 32, 33, 40, 64, 65, 80)
-    if draw.chance():  # the 1x1 convs that are not packed
+    if wide:
+        inputs = draw.one_of(64, 96, 100, 128)
+    elif draw.chance():  # the 1x1 convs that are not packed
         for axis in "hw":
             w |= {f"kernel_{axis}": 1, f"padding_{axis}": 0, f"stride_{axis}": 1}
         w |= {"out_height": w["height"], "out_width": w["width"]}
@@ -378,8 +395,12 @@ def winograd_conv(draw: Draw) -> Case:
     return case(draw, Kind.WINOGRAD_CONV, x, sums, weight=packed, bias=padded, **w, **fields)
 
 
-def depthwise_conv(draw: Draw) -> Case:
-    w = draw.window()
+def usual_depthwise_conv(draw: Draw) -> Case:
+    return depthwise_conv(draw, usual=True)
+
+
+def depthwise_conv(draw: Draw, *, usual: bool = False) -> Case:
+    w = draw.three_by_three() if usual else draw.window()
     channels = draw.one_of(1, 3, 8, 16, 17, 32, 40, 100)
     weight = draw.normal(channels, 1, w["kernel_h"], w["kernel_w"])
     x = image(draw, w, channels)
@@ -443,7 +464,8 @@ def copy(draw: Draw) -> Case:
 KINDS: dict[str, Callable[[Draw], Case]] = {
     each.__name__: each
     for each in (
-        *(sparse_conv, planar_conv, dense_conv, winograd_conv, depthwise_conv),
+        *(sparse_conv, wide_sparse_conv, planar_conv, dense_conv, winograd_conv),
+        *(depthwise_conv, usual_depthwise_conv),
         *(max_pool, average_pool, affine, copy),
     )
 }
